@@ -1,0 +1,68 @@
+"""What can go wrong that a user can do something about, and the exit code each becomes.
+
+    LorafitError                 never raised itself
+    ├── InputError        2      wrong configuration or input: one message, no traceback
+    ├── DivergedError     3      a loss or a weight is no longer finite
+    └── MemoryExhausted   4      the device or the host has no memory left
+    Stopped         130, 143     a signal asked the run to end (a BaseException: nothing swallows it)
+
+Anything else that escapes a program is a bug and shows its traceback. An error names the thing,
+the value it had and the way out, and helps with the nearest right name where a name was wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import signal
+from collections.abc import Iterable
+
+
+class LorafitError(Exception):
+    """The root of the errors that lorafit raises on purpose. `exit_code` is what a program returns."""
+
+    exit_code = 1
+    status = "failed"
+
+
+class InputError(LorafitError, ValueError):
+    """The configuration or the input is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class DivergedError(LorafitError):
+    """Training produced a loss or a weight that is not finite."""
+
+    exit_code = 3
+    status = "diverged"
+
+
+class MemoryExhausted(LorafitError):
+    """The device or the host ran out of memory."""
+
+    exit_code = 4
+    status = "out_of_memory"
+
+
+class Stopped(BaseException):
+    """A signal ended the run. Like KeyboardInterrupt it is no Exception, so that it also ends a sweep."""
+
+    status = "interrupted"
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
+    """The names among `choices` that `word` most likely meant, best first; empty when none is near."""
+    lowered = {str(choice).lower(): str(choice) for choice in choices}
+    found = difflib.get_close_matches(str(word).lower(), list(lowered), n=count, cutoff=0.55)
+    return [lowered[name] for name in found]
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A sentence to end a message with: ``" Did you mean 'nf4'?"``, or nothing when no name is near."""
+    found = nearest(word, choices)
+    return f" Did you mean {' or '.join(repr(name) for name in found)}?" if found else ""
