@@ -1,0 +1,68 @@
+"""checkpoints/last.ckpt and checkpoints/best.ckpt: adapter, optimizer, schedule, random state and data position.
+
+Only written where an optimizer step has just been taken: in the middle of an accumulation there are gradients that no
+checkpoint holds, and a resumed run would lose them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lorafit.checkpoint import write_atomically
+from lorafit.module import FinetuneModule
+
+
+class Checkpoints(L.Callback):
+    """Writes `last.ckpt` after each validation, every `every_n_steps` optimizer steps and at the end; `best.ckpt` is
+    the one with the lowest held-out loss."""
+
+    def __init__(self, folder: str | Path, every_n_steps: int | None = None) -> None:
+        self.folder, self.every_n_steps = Path(folder), every_n_steps
+        self.best_loss = math.inf
+        self._last_step = -1
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.ckpt"
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write last.ckpt now, unless this step's is there already."""
+        if trainer.global_step != self._last_step:
+            trainer.save_checkpoint(self.last)
+            self._last_step = trainer.global_step
+
+    def keep_best(self, loss: float) -> None:
+        """Keep the checkpoint just written as the best one if its held-out loss is the lowest."""
+        if loss < self.best_loss:
+            self.best_loss = loss
+            with self.last.open("rb") as source:
+                write_atomically(self.best, lambda target: shutil.copyfileobj(source, target))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, FinetuneModule)
+        if pl_module.stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, FinetuneModule)
+        if pl_module.stepped and not trainer.sanity_checking:
+            self.save(trainer)
+            self.keep_best(float(trainer.callback_metrics["eval/loss"]))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_loss = state_dict["best_loss"]

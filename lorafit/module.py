@@ -1,0 +1,238 @@
+"""The LightningModule: a frozen base with LoRA layers, its loss, its optimizer, its state.
+
+    FinetuneModule(model="embedded", rank=16, alpha=32, quant={"type": "nf4"})
+
+Three of Lightning's habits are answered here:
+
+- it averages the means of micro-batches, which is wrong when they differ in supervised tokens. Here each
+  micro-batch gives the sum over its tokens, and the accumulated gradient is divided by the number of tokens just before
+  the optimizer steps: exactly the gradient of one large batch.
+- its checkpoints hold the whole model. Here `state_dict` is the adapter alone; the base is loaded again from its source.
+- it keeps no random state. Here the checkpoint carries it, and a resumed run draws the same dropout masks.
+
+Precision is in the model, not in the trainer ("32-true"): adapters and optimizer state in float32, products in the base's
+compute dtype (see lora.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lorafit.checkpoint import random_state, set_random_state
+from lorafit.data.loader import Batch
+from lorafit.errors import InputError, did_you_mean
+from lorafit.inject import inject_lora, load_lora_state_dict, lora_state_dict, mark_only_lora_as_trainable
+from lorafit.loss import supervised_loss
+from lorafit.quant import load_base_model
+
+CHECKPOINTING = ("none", "full")
+SCHEDULES = ("cosine", "linear", "constant")
+# Optimizers come by dotted path; only these two libraries are looked into.
+OPTIMIZER_HOMES = ("torch.optim.", "bitsandbytes.optim.")
+
+
+def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """What the learning rate is multiplied with at a step: a linear rise over the warm-up, then the schedule to zero."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 - progress if schedule == "linear" else 1.0
+
+
+def find_optimizer(path: str) -> Callable[..., Optimizer]:
+    """The optimizer class at a dotted path inside torch.optim or bitsandbytes.optim."""
+    if not path.startswith(OPTIMIZER_HOMES):
+        raise InputError(f"optimizer {path!r} must lie in {' or '.join(home + '*' for home in OPTIMIZER_HOMES)}")
+    home, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(home)
+        return getattr(module, name)
+    except (ImportError, AttributeError):
+        names = dir(importlib.import_module(".".join(home.split(".")[:2])))
+        raise InputError(f"there is no optimizer {path!r}.{did_you_mean(name, names)}") from None
+
+
+class FinetuneModule(L.LightningModule):
+    """A language model with LoRA layers, trained on the supervised tokens of its batches.
+
+    model: a hub id, a folder, "embedded", or a model in memory (then quant, dtype, init and the like have no say).
+    rank, alpha, target_modules, dropout, variant: see `inject_lora`. quant, dtype, device, init, attention: see
+    `load_base_model`. checkpointing: "full" recomputes each block in the backward pass.
+    optimizer: a dotted path, with its keyword arguments beside it (at least `lr`). warmup: a number of steps, or a
+    fraction of all steps. gradient_clip_val: the largest norm of the whole gradient, or None.
+    Everything is built in `configure_model`, so that the object itself costs nothing.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = "embedded",
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        target_modules: str | Sequence[str] = "all_linear",
+        dropout: float = 0.0,
+        variant: str = "lora",
+        quant: Mapping[str, Any] | str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        init: str = "pretrained",
+        attention: str | None = None,
+        checkpointing: str = "none",
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        optimizer: str = "torch.optim.AdamW",
+        optimizer_args: Mapping[str, Any] | None = None,
+        scheduler: str = "cosine",
+        warmup: float = 0.05,
+        gradient_clip_val: float | None = 1.0,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        for key, value, choices in (
+            ("checkpointing", checkpointing, CHECKPOINTING),
+            ("scheduler", scheduler, SCHEDULES),
+        ):
+            if value not in choices:
+                raise InputError(
+                    f"{key} must be one of {', '.join(choices)}, got {value!r}.{did_you_mean(value, choices)}"
+                )
+        self.optimizer_class = find_optimizer(optimizer)
+        self.save_hyperparameters(ignore=["model"], logger=False)
+        self.source = model
+        self.model: nn.Module | None = None
+        self.wrapped: list[str] = []
+        # of the optimizer step under way: sum of losses, supervised tokens; of the last one: gradient norm, rate
+        self.step_loss = self.step_tokens = self.gradient_norm = torch.zeros(())
+        self.used_learning_rate = 0.0
+        self.stepped = True  # whether the optimizer has stepped since the last micro-batch was added
+        self._resumed_random_state: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        """Load the base and inject the layers; a second call does nothing."""
+        if self.model is not None:
+            return
+        h = self.hparams
+        # the same A for the same seed, whatever was drawn before
+        with torch.random.fork_rng():
+            torch.manual_seed(h.seed)
+            model = self.source
+            if isinstance(model, str):
+                model = load_base_model(
+                    model,
+                    quant=h.quant,
+                    dtype=h.dtype,
+                    device=h.device,
+                    init=h.init,
+                    attention=h.attention,
+                    trust_remote_code=h.trust_remote_code,
+                    revision=h.revision,
+                )
+            self.wrapped = inject_lora(
+                model,
+                rank=h.rank,
+                alpha=h.alpha,
+                target_modules=h.target_modules,
+                dropout=h.dropout,
+                variant=h.variant,
+            )
+        mark_only_lora_as_trainable(model)
+        if h.checkpointing == "full":
+            # non-reentrant: gradients reach the adapters although the embeddings below are frozen
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        self.model = model.train()
+
+    # ---------------------------------------------------------------------------------------------- the step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.model is not None
+        loss, tokens = supervised_loss(self.model, batch)
+        if self.stepped:  # the first micro-batch of a step
+            self.step_loss = self.step_tokens = torch.zeros((), device=loss.device)
+            self.stepped = False
+        self.step_loss = self.step_loss + loss.detach()
+        self.step_tokens = self.step_tokens + tokens
+        # Lightning divides by the number of micro-batches, and DDP by that of processes: both are taken back here
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.trainer.world_size > 1:
+            self.step_loss, self.step_tokens = self.trainer.strategy.reduce(
+                torch.stack((self.step_loss, self.step_tokens)), reduce_op="sum"
+            ).unbind()
+        gradients = [parameter.grad for parameter in self.trainable_parameters() if parameter.grad is not None]
+        torch._foreach_div_(gradients, self.step_tokens.clamp(min=1).to(gradients[0].dtype))
+        self.used_learning_rate = optimizer.param_groups[0]["lr"]
+        self.stepped = True
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
+        # the norm is wanted whether or not it is clipped, and is computed once
+        clip = self.hparams.gradient_clip_val
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), math.inf if clip is None else clip)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self.model is not None
+        loss, tokens = supervised_loss(self.model, batch)
+        self._validation.append(torch.stack((loss.double(), tokens.double())))
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation: list[Tensor] = []
+
+    def on_validation_epoch_end(self) -> None:
+        total = torch.stack(self._validation).sum(dim=0)
+        if self.trainer.world_size > 1:
+            total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        self.log("eval/loss", (total[0] / total[1]).float(), rank_zero_only=True)
+
+    # ---------------------------------------------------------------------------------------------- the optimizer
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """A and B of every layer."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_class(self.trainable_parameters(), **dict(self.hparams.optimizer_args or {}))
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = self.hparams.warmup
+        warmup_steps = round(warmup * total) if isinstance(warmup, float) and warmup < 1 else int(warmup)
+
+        def factor(step: int) -> float:
+            return learning_rate_factor(
+                step, schedule=self.hparams.scheduler, warmup_steps=warmup_steps, total_steps=total
+            )
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    # ---------------------------------------------------------------------------------------------- the state
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapter alone."""
+        return lora_state_dict(self.model) if self.model is not None else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Fill the adapter; every tensor must be there and fit."""
+        self.configure_model()
+        assert self.model is not None
+        load_lora_state_dict(self.model, dict(state_dict))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random_state"] = random_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed_random_state = checkpoint.get("random_state")
+
+    def on_train_start(self) -> None:
+        # only now: what Lightning does between loading and the first step draws random numbers
+        if self._resumed_random_state is not None:
+            set_random_state(self._resumed_random_state)
+            self._resumed_random_state = None

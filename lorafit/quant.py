@@ -1,0 +1,448 @@
+"""The base: load a language model, frozen, with its linear weights in 16, 8 or 4 bits.
+
+    model = load_base_model("embedded", quant="nf4")
+
+Quantization is a property of the base and of nothing else: QLoRA (Dettmers et al. 2023, arXiv:2305.14314)
+is LoRA over a base whose weights happen to be stored in 4 bits and are dequantized for each product.
+This is the only file that knows bitsandbytes. It also stands guard against two faults of bitsandbytes 0.50
+on CPUs with AVX-512, both silent:
+
+- `Linear4bit` repacks its weight in place at the first evaluation-mode forward; gradients and
+  dequantized weights are garbage from then on. `disarm_repacking` takes that path away.
+- for some input widths the packed weight is read back wrongly. Every weight quantized here is read back and
+  held against the definition (`reads_back_right`); a layer that fails stays in 16 bits, and the
+  report says so. The guard looks at behaviour, so it costs nothing where the fault is absent.
+
+The 16-bit model is read whole before it is quantized layer by layer; reading tensor by tensor, so that it is
+never whole in memory, is not done here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lorafit.embedded import MODEL as EMBEDDED_MODEL
+from lorafit.errors import InputError, did_you_mean
+
+# On an AVX512-BF16 CPU every import of bitsandbytes reports a download that it would like to make.
+# And its 8-bit layer says at every call that it casts its input to float16.
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+import bitsandbytes as bnb  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FOUR_BIT = ("nf4", "fp4")
+TYPES = (*FOUR_BIT, "int8")
+BLOCK_SIZES = (32, 64, 128, 256, 512)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 3.2): input columns above 6.0 are multiplied in 16 bits.
+INT8_OUTLIER_THRESHOLD = 6.0
+
+
+def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from its name; None and "auto" give None."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How base weights are stored. `block_size` weights share one scale; `double_quant` stores the scales in 8 bits.
+
+    The defaults are the QLoRA paper's (section 3): NF4, blocks of 64, double quantization, bfloat16 products.
+    For "int8" each output row has a scale of its own: no block size, no double quantization.
+    """
+
+    type: str = "nf4"
+    double_quant: bool = True
+    block_size: int | None = 64
+    compute_dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.type not in TYPES:
+            raise InputError(
+                f"quant.type must be one of {', '.join(TYPES)}, got {self.type!r}.{did_you_mean(self.type, TYPES)}"
+            )
+        if self.type in FOUR_BIT and self.block_size not in BLOCK_SIZES:
+            raise InputError(f"quant.block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
+
+    @classmethod
+    def of(cls, spec: Quantization | Mapping[str, Any] | str | None) -> Quantization | None:
+        """From a type name, a mapping of the fields, or None ("none") for a base in 16 bits."""
+        if spec is None or spec == "none" or isinstance(spec, Quantization):
+            return None if spec == "none" else spec
+        fields: dict[str, Any] = {"type": spec} if isinstance(spec, str) else dict(spec)
+        if fields.get("type") == "int8":
+            fields = fields | {"double_quant": False, "block_size": None}
+        if "compute_dtype" in fields:
+            fields["compute_dtype"] = to_dtype(fields["compute_dtype"]) or torch.bfloat16
+        return cls(**fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, for metrics and adapter provenance."""
+        return {
+            "type": self.type,
+            "double_quant": self.double_quant,
+            "block_size": self.block_size,
+            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+        }
+
+
+@dataclass
+class BaseReport:
+    """What loading did: which linear layers were quantized, and which stayed in 16 bits and why."""
+
+    name: str
+    quant: Quantization | None
+    quantized: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def base_report(model: nn.Module) -> BaseReport | None:
+    """The report of `load_base_model`, or None for a model that came another way."""
+    return getattr(model, "lorafit_base", None)
+
+
+# ------------------------------------------------------------------------------------------------ linear layers
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes x Wᵀ + b: nn.Linear, its bitsandbytes kin, or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the linear layer's weight is stored in 8 or 4 bits."""
+    return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, logical whatever the storage."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
+
+
+def compute_dtype(linear: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype in which the layer multiplies the input x."""
+    if isinstance(linear, bnb.nn.Linear4bit):
+        return linear.compute_dtype or x.dtype
+    if isinstance(linear, bnb.nn.Linear8bitLt):
+        return x.dtype  # bitsandbytes gives back what came in
+    return linear.weight.dtype  # type: ignore[return-value]
+
+
+def logical_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the weights a parameter stands for; a packed 4-bit tensor holds two of them in a byte."""
+    quant_state = getattr(parameter, "quant_state", None)
+    return quant_state.shape if quant_state is not None else parameter.shape
+
+
+def quant_state_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that go with the quantized weights of a model: scales, code books, nested scales."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            quant_state = module.weight.quant_state
+            while quant_state is not None:
+                yield from (quant_state.absmax, quant_state.code)
+                if isinstance(quant_state.offset, Tensor):
+                    yield quant_state.offset
+                quant_state = quant_state.state2
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            yield _int8_scales(module)
+
+
+def _int8_scales(linear: nn.Module) -> Tensor:
+    # the first forward moves the scales from the parameter to the layer's state
+    return linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB  # type: ignore[union-attr,return-value]
+
+
+def dequantize(linear: nn.Module) -> Tensor:
+    """The weight of a linear layer as a dense [out_features, in_features] tensor, whatever its storage."""
+    if isinstance(linear, Conv1D):
+        return linear.weight.detach().T
+    if isinstance(linear, bnb.nn.Linear4bit):
+        _undo_repacking(linear)
+        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    if isinstance(linear, bnb.nn.Linear8bitLt):
+        return linear.weight.data * (_int8_scales(linear).unsqueeze(1) / 127.0)
+    return linear.weight.detach()  # type: ignore[operator,union-attr]
+
+
+def plain_layer(linear: nn.Module, weight: Tensor) -> nn.Module:
+    """A new 16- or 32-bit layer of the kind `linear` was before quantization, holding weight [out, in]."""
+    bias = getattr(linear, "bias", None)
+    kind = getattr(linear, "source_cls", nn.Linear) if is_quantized(linear) else type(linear)
+    if kind is Conv1D:
+        in_features, out_features = features(linear)
+        layer: nn.Module = Conv1D(out_features, in_features)
+        weight = weight.T
+    elif is_quantized(linear):
+        layer = nn.Linear(*features(linear), bias=bias is not None, device="meta")
+    else:  # a copy keeps the class and attributes of a subclass of nn.Linear
+        layer = copy.copy(linear)
+        layer._parameters = dict(linear._parameters)
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
+    return layer.train(linear.training)
+
+
+# ------------------------------------------------------------------------------------------------ the two guards
+
+
+def disarm_repacking(model: nn.Module) -> None:
+    """Keep every Linear4bit from repacking its weight in evaluation, and undo it where it has happened."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            _undo_repacking(module)
+
+
+def _undo_repacking(linear: nn.Module) -> None:
+    quant_state = linear.weight.quant_state
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        inverse = bnb.functional._convert_weight_packed_for_cpu_inverse
+        linear.weight.data, linear.weight.quant_state = inverse(linear.weight.data, quant_state)
+        linear.quant_state = linear.weight.quant_state
+
+
+def reads_back_right(linear: nn.Module, rows: int = 8) -> bool:
+    """Whether bitsandbytes reads a Linear4bit's packed weight as its definition says, on its first and last rows.
+
+    The definition (QLoRA, section 2): two 4-bit codes a byte, high half first, in row-major order; a weight is
+    its code's value times the scale of its block, and with double quantization the scales are stored so too.
+    """
+    weight, quant_state = linear.weight.data, linear.weight.quant_state
+    in_features, out_features = features(linear)
+    scales = quant_state.absmax
+    if quant_state.nested:
+        nested = quant_state.state2
+        scales = nested.code[scales.long()] * nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
+        scales = scales + quant_state.offset
+    codes = weight.view(torch.uint8).flatten()
+    read = bnb.functional.dequantize_4bit(weight, quant_state).float()
+    for first in {0, max(0, out_features - rows)}:
+        # whole bytes only: an odd row length may begin in the middle of one
+        start, stop = first * in_features // 2 * 2, min(first + rows, out_features) * in_features // 2 * 2
+        packed = codes[start // 2 : stop // 2]
+        values = quant_state.code[torch.stack((packed >> 4, packed & 15), dim=1).flatten().long()]
+        block = torch.arange(start, stop, device=weight.device) // quant_state.blocksize
+        expected = (values * scales[block]).to(quant_state.dtype).float()
+        if not torch.allclose(read.flatten()[start:stop], expected, rtol=2e-2, atol=1e-6):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ quantizing
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the output head: what turns hidden states into token scores. It is neither quantized nor adapted."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = {name for name, module in model.named_modules(remove_duplicate=False) if module is head}
+    # classification heads are trained from scratch, and sit at the top under these names
+    return names | {name for name in ("classifier", "score", "qa_outputs") if hasattr(model, name)}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by name, in order: all of its names where one layer is used under several.
+
+    The output projection of nn.MultiheadAttention is left out: its weight is used without calling the layer,
+    so that a wrapper around it would do nothing.
+    """
+    attention = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if is_linear(module) and not name.startswith(attention or ("\0",))
+    }
+
+
+def quantize_model(model: nn.Module, quant: Quantization, device: torch.device, report: BaseReport) -> None:
+    """Replace the model's linear layers, head excepted, by quantized ones on `device`; note what and why in report."""
+    head = head_names(model)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    done: dict[int, nn.Module] = {}
+    for name, linear in linear_layers(model).items():
+        if name in head:
+            report.left[name] = "output head"
+        elif id(linear.weight) in embeddings:
+            report.left[name] = "shares its weight with an embedding"
+        elif is_quantized(linear):
+            report.quantized.append(name)
+        else:
+            if id(linear) not in done:
+                quantized = _quantize_linear(linear, quant, device)
+                done[id(linear)] = quantized if quantized is not None else linear
+            if done[id(linear)] is linear:
+                report.left[name] = f"{tuple(features(linear))} in/out: bitsandbytes would read it back wrongly here"
+            else:
+                model.set_submodule(name, done[id(linear)])
+                report.quantized.append(name)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3:
+            report.left[name] = "a stack of expert weights, no linear layer"
+
+
+def _quantize_linear(linear: nn.Module, quant: Quantization, device: torch.device) -> nn.Module | None:
+    """The quantized twin of a linear layer, or None when bitsandbytes cannot hold it rightly on this machine."""
+    in_features, out_features = features(linear)
+    weight = (linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data).contiguous()  # type: ignore[operator,union-attr]
+    bias = getattr(linear, "bias", None)
+    layer: nn.Module
+    if quant.type == "int8":
+        layer = bnb.nn.Linear8bitLt(
+            in_features,
+            out_features,
+            bias=bias is not None,
+            has_fp16_weights=False,
+            threshold=INT8_OUTLIER_THRESHOLD,
+            device="meta",
+        )
+        layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        layer = bnb.nn.Linear4bit(
+            in_features,
+            out_features,
+            bias=bias is not None,
+            compute_dtype=quant.compute_dtype,
+            compress_statistics=quant.double_quant,
+            quant_type=quant.type,
+            device="meta",
+        )
+        layer.weight = bnb.nn.Params4bit(
+            weight,
+            requires_grad=False,
+            compress_statistics=quant.double_quant,
+            quant_type=quant.type,
+            blocksize=quant.block_size,
+            module=layer,
+        ).to(device)
+        disarm_repacking(layer)
+        if not reads_back_right(layer):
+            return None
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
+    layer.source_cls = Conv1D if isinstance(linear, Conv1D) else nn.Linear
+    return layer.train(linear.training)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def resolve(name: str) -> str:
+    """The hub id or folder behind a model name; "embedded" is the model inside the package."""
+    return str(EMBEDDED_MODEL) if name == "embedded" else str(name)
+
+
+def load_base_model(
+    name: str,
+    *,
+    quant: Quantization | Mapping[str, Any] | str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    init: str = "pretrained",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model, frozen, its linear layers quantized as asked.
+
+    name: a hub id, a local folder or "embedded". quant: "nf4", "fp4", "int8", a mapping or `Quantization`, or
+    None for 16 bits. dtype: of what is not quantized; None means the checkpoint's own, or the compute dtype of
+    a quantized base. init: "random" builds from the configuration alone and reads no weights.
+    What was quantized and what was not is in `base_report(model)`.
+    Raises InputError when the model, its weights or a choice cannot be had.
+    """
+    quant = Quantization.of(quant)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = resolve(name)
+    wanted = to_dtype(dtype)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    with _input_errors(name):
+        config = AutoConfig.from_pretrained(source, **options)
+        if attention not in (None, "auto"):
+            options["attn_implementation"] = attention
+        prequantized = getattr(config, "quantization_config", None) is not None
+        if prequantized and quant is not None:
+            raise InputError(
+                f"model {name!r} comes quantized already: choose quant=none to use it as it is, "
+                f"or the 16-bit model for quant={quant.type}"
+            )
+        if wanted is None and quant is not None:
+            wanted = quant.compute_dtype
+        if init == "random":
+            wanted = wanted or getattr(config, "dtype", None) or torch.float32
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted, **options)
+        elif init == "pretrained":
+            _require_weights(name, source)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=wanted or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                **({"device_map": {"": str(device)}} if prequantized else {}),
+                **options,
+            )
+            missing = sorted(info["missing_keys"]) + sorted(str(item) for item in info["mismatched_keys"])
+            if missing:
+                raise InputError(
+                    f"model {name!r}: {len(missing)} weights are missing from its files or have another shape, "
+                    f"and would be random: {', '.join(missing[:3])}"
+                )
+        else:
+            raise InputError(f"model.init must be pretrained or random, got {init!r}")
+    model.requires_grad_(False)
+    report = BaseReport(name=str(name), quant=quant)
+    if quant is not None:
+        quantize_model(model, quant, device, report)
+    model.to(device)
+    disarm_repacking(model)
+    model.config.use_cache = False  # packed examples would see each other through the cache
+    model.lorafit_base = report
+    return model.train()
+
+
+def _require_weights(name: str, source: str) -> None:
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
+        found = f"; it holds {others[0]}, which lorafit does not open (pickle)" if others else ""
+        raise InputError(
+            f"model folder {name!r} has no *.safetensors weights{found}. "
+            "Save the model with save_pretrained, or use model.init=random to begin from its configuration."
+        )
+
+
+@contextlib.contextmanager
+def _input_errors(name: str) -> Iterator[None]:
+    """Turn what transformers says about a model that is not there into one message of ours."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        folder = Path(resolve(name)).expanduser()
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise InputError(f"model folder {name!r} has no config.json: it is no model folder") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error

@@ -1,0 +1,139 @@
+"""What a person sees on the terminal: what will happen, before it starts, and what did happen, at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lorafit.memory import human
+from lorafit.quant import BaseReport
+
+
+def start_table(
+    *,
+    base: BaseReport,
+    architecture: str,
+    dtype: str,
+    device: str,
+    rank: int,
+    alpha: float,
+    scaling: float,
+    variant: str,
+    coverage: Mapping[str, Mapping[str, int]],
+    trainable: int,
+    total: int,
+    data: Mapping[str, int],
+    data_path: str,
+    optimizer: str,
+    learning_rate: float,
+    steps: int,
+    batch_size: int,
+    accumulate: int,
+    memory: Mapping[str, int],
+    folder: str,
+) -> Table:
+    """What this run will do."""
+    wrapped = [f"{kind} {n['wrapped']}" for kind, n in coverage.items() if n["wrapped"] == n["total"]]
+    partly = [f"{kind} {n['wrapped']} of {n['total']}" for kind, n in coverage.items() if 0 < n["wrapped"] < n["total"]]
+    without = [f"{kind} {n['total']}" for kind, n in coverage.items() if not n["wrapped"]]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows = [
+        ("model", f"{base.name} ({architecture}), {total:,} parameters, {dtype} on {device}"),
+        ("base", base_sentence(base)),
+        ("LoRA", f"rank {rank}, alpha {alpha:g}, scaling {scaling:.4g}{'' if variant == 'lora' else f' ({variant})'}"),
+        ("adapted", ", ".join(wrapped + partly)),
+        ("not adapted", ", ".join(without) or "–"),
+        ("trainable", f"{trainable:,} parameters, {100 * trainable / total:.4f} % of all"),
+        (
+            "data",
+            f"{data_path}: {data['train_examples']:,} examples, {data['supervised_tokens']:,} of "
+            f"{data['train_tokens']:,} tokens trained; {data['eval_examples']:,} held out",
+        ),
+    ]
+    if data["truncated_examples"] or data["dropped_examples"]:
+        cut = f"{data['truncated_examples']:,} examples are longer than data.max_length and are cut"
+        rows.append(
+            ("[yellow]cut[/]", f"{cut}; {data['dropped_examples']:,} of them have no answer left and are dropped")
+        )
+    per_step = f"{batch_size}" + (f" x {accumulate}" if accumulate > 1 else "")
+    rows += [
+        ("training", f"{steps:,} steps of {per_step} examples, {optimizer}, learning rate {learning_rate:g}"),
+        (
+            "memory",
+            f"weights {human(memory['weights'])}, scales {human(memory['quant_state'])}, "
+            f"adapter {human(memory['adapter'])}; activations come on top",
+        ),
+        ("folder", folder),
+    ]
+    for name, text in rows:
+        table.add_row(name, escape(text))
+    return table
+
+
+def base_sentence(base: BaseReport) -> str:
+    """How the base weights are stored, and what could not be quantized and why."""
+    if base.quant is None:
+        return "not quantized"
+    quant = base.quant
+    detail = f", blocks of {quant.block_size}" if quant.block_size else ""
+    detail += ", double quantization" if quant.double_quant else ""
+    text = f"{len(base.quantized)} layers in {quant.type}{detail}"
+    reasons: dict[str, list[str]] = {}
+    for name, reason in base.left.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        shown = names[0] if len(names) == 1 else f"{len(names)} layers such as {names[0]}"
+        text += f"; {shown} not quantized: {reason}"
+    return text
+
+
+def result_table(metrics: Mapping[str, Any]) -> Table:
+    """Held-out numbers before and after, and what was kept."""
+    table = Table(title="held out", title_justify="left")
+    table.add_column("")
+    for name in ("before", "after"):
+        table.add_column(name, justify="right")
+    before, after = metrics["before"], metrics["after"]
+    for key in after:
+        table.add_row(key.replace("_", " "), number(before.get(key)), number(after[key]))
+    retention = metrics["retention"]
+    table.add_row(
+        "perplexity of other text",
+        number(retention["perplexity_adapter_off"]),
+        number(retention["perplexity_adapter_on"]),
+    )
+    return table
+
+
+def samples_table(samples: Sequence[Mapping[str, str]], width: int = 200) -> Table:
+    """Answers before and after, side by side with the reference."""
+    table = Table(show_lines=True)
+    for name in ("prompt", "before", "after", "reference"):
+        table.add_column(name, overflow="fold", ratio=1)
+    for sample in samples:
+        cells = (sample["prompt"], sample["before"], sample["after"], sample["reference"])
+        table.add_row(*(escape(shorten(cell, width)) for cell in cells))
+    return table
+
+
+def shorten(text: str, width: int) -> str:
+    """The text, its middle left out when it is longer than width."""
+    text = text.strip()
+    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+
+
+def number(value: Any) -> str:
+    """Four digits, or a dash for what was not measured."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def console() -> Console:
+    """The terminal; in a file or a pipe lines are wide enough not to break tables."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=140, highlight=False)

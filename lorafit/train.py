@@ -1,0 +1,449 @@
+"""Fine-tune a language model with LoRA.
+
+    python -m lorafit.train                                       the embedded model, rank 16: a minute
+    python -m lorafit.train rank=16 quant=nf4                     the same over a 4-bit base: QLoRA
+    python -m lorafit.train model.name=FOLDER data.path=FILE 'data.columns={prompt: question, completion: answer}'
+    python -m lorafit.train -m rank=4,8,16,32 quant=none,nf4      eight runs
+    python -m lorafit.train resume=RUN                            go on where a stopped run stood
+
+It says what it will do, measures the base, trains, measures again, and leaves a run folder: `adapter/`, `checkpoints/`,
+`metrics.json`, `samples.jsonl`, `train.log`. Exit codes: 0 done, 2 wrong input, 3 diverged, 4 out of memory,
+130 and 143 stopped by a signal with a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.config import Config, config_sha256, start, to_dict
+from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from lorafit.datamodule import FinetuneDataModule
+    from lorafit.module import FinetuneModule
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    start("train", run)
+
+
+def run(config: Config, folder: Path) -> float:
+    """One job: returns the held-out loss after training. Whatever happens, metrics.json says how it ended."""
+    from lorafit.checkpoint import write_json
+
+    metrics: dict[str, Any] = {"status": "failed"}
+    begin_metrics(metrics, config)
+    try:
+        loss = fine_tune(config, folder, metrics)
+    except (LorafitError, Stopped) as error:
+        if not isinstance(error, InputError):  # after wrong input nothing half written is left
+            metrics |= {"status": error.status, "error": str(error)}
+            write_json(folder / "metrics.json", in_order(metrics))
+        raise
+    except Exception as error:
+        if (exhausted := as_memory_error(error, metrics)) is not None:
+            metrics |= {"status": exhausted.status, "error": str(exhausted)}
+            write_json(folder / "metrics.json", in_order(metrics))
+            raise exhausted from error
+        metrics["error"] = f"{type(error).__name__}: {error}"
+        write_json(folder / "metrics.json", in_order(metrics))
+        raise
+    write_json(folder / "metrics.json", in_order(metrics))
+    return loss
+
+
+def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
+    """The run from top to bottom; fills `metrics` as it goes."""
+    import lightning as L
+    import torch
+
+    from lorafit.adapter import save_adapter
+    from lorafit.callbacks import (
+        Checkpoints,
+        PagedOptimizerMemory,
+        StepMetrics,
+        StopOnNonFinite,
+        StopOnSignal,
+        TrainingProgress,
+    )
+    from lorafit.inject import count_parameters, coverage
+    from lorafit.memory import memory_by_part, reset_peak
+    from lorafit.quant import base_report
+    from lorafit.tables import console, result_table, samples_table, start_table
+    from lorafit.trainer import build_trainer, quiet_libraries, total_steps
+
+    terminal = console()
+    checkpoints = Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every_n_steps)
+    with StopOnSignal(checkpoints) as signals, contextlib.ExitStack() as stack:
+        began = time.perf_counter()
+        L.seed_everything(config.seed, verbose=False)
+        torch.set_float32_matmul_precision("high")
+        quiet_libraries()
+
+        # ---- what goes in: data first, since what is wrong with it is known soonest
+        data = build_data(config)
+        data.setup()
+        metrics["data"] = data.statistics()
+        module = build_module(config)
+        module.configure_model()
+        model, base = module.model, base_report(module.model)
+        assert model is not None and base is not None
+        data.check_vocabulary(model.get_input_embeddings().num_embeddings)
+        if config.model.name != "embedded" and config.data.path == "embedded":
+            log.warning("data.path is the embedded toy data set: give data.path=FILE to train on your own")
+        trainable, total = count_parameters(model)
+        describe_model(metrics, config, module, trainable, total)
+
+        # ---- what will happen
+        steps_per_epoch = len(data.train_dataloader())
+        steps = total_steps(
+            steps_per_epoch,
+            config.trainer.accumulate_grad_batches,
+            config.trainer.max_steps,
+            config.trainer.max_epochs,
+        )
+        device = next(model.parameters()).device
+        first_layer = next(layer for layer in model.modules() if hasattr(layer, "lora_A"))
+        terminal.print(
+            start_table(
+                base=base,
+                architecture=type(model).__name__,
+                dtype=str(model.dtype).removeprefix("torch."),
+                device=device_name(device),
+                rank=config.rank,
+                alpha=config.alpha,
+                scaling=first_layer.scaling,
+                variant=config.variant,
+                coverage=coverage(model),
+                trainable=trainable,
+                total=total,
+                data=metrics["data"],
+                data_path=config.data.path,
+                optimizer=config.optimizer["_target_"].rpartition(".")[2],
+                learning_rate=config.optimizer["lr"],
+                steps=steps,
+                batch_size=config.data.batch_size,
+                accumulate=config.trainer.accumulate_grad_batches,
+                memory=memory_by_part(model),
+                folder=str(folder),
+            )
+        )
+
+        # ---- the base, measured
+        terminal.print("\nmeasuring the base on held-out data …")
+        before, answers_before = measure(config, data, model)
+        metrics["before"] = before
+
+        # ---- training
+        logger = stack.enter_context(open_logger(config, folder))
+        step_metrics = StepMetrics(config.trainer.log_every_n_steps)
+        memory = PagedOptimizerMemory(config.callbacks.memory_every_n_steps)
+        callbacks: list[L.Callback] = [StopOnNonFinite(), step_metrics, memory]
+        if config.callbacks.progress:
+            callbacks.append(TrainingProgress(step_metrics, terminal))
+        trainer = build_trainer(
+            folder,
+            batches=steps_per_epoch,
+            max_steps=config.trainer.max_steps,
+            max_epochs=config.trainer.max_epochs,
+            accumulate_grad_batches=config.trainer.accumulate_grad_batches,
+            val_check_interval=config.trainer.val_check_interval,
+            accelerator=config.trainer.accelerator,
+            devices=config.trainer.devices,
+            log_every_n_steps=config.trainer.log_every_n_steps,
+            callbacks=[*callbacks, checkpoints, signals],
+            logger=logger or False,
+        )
+        reset_peak(device)
+        resume = Path(config.resume) / "checkpoints" / "last.ckpt" if config.resume else None
+        try:
+            trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
+        finally:
+            metrics["speed"] = step_metrics.totals()
+            metrics["memory"] = memory_metrics(memory)
+        require_finite(module)
+
+        # ---- what did happen
+        terminal.print("measuring the adapter on held-out data …")
+        after, answers_after = measure(config, data, model)
+        metrics["after"] = after
+        checkpoints.keep_best(after["loss"])
+        metrics["retention"] = retention(config, data, model)
+        samples = [
+            {"prompt": example.prompt, "before": old, "after": new, "reference": example.completion}
+            for example, old, new in zip(data.eval_examples, answers_before, answers_after, strict=False)
+        ]
+        write_samples(folder / "samples.jsonl", samples)
+        metrics["status"] = "completed"
+        metrics["speed"]["total_seconds"] = round(time.perf_counter() - began, 3)
+        save_adapter(
+            model,
+            folder / "adapter",
+            provenance={
+                "metrics": {key: metrics[key] for key in ("before", "after", "retention")},
+                "data": {"path": config.data.path, "sha256": data.content_hash()} | metrics["data"],
+                "config_sha256": metrics["config_sha256"],
+                "versions": metrics["versions"],
+            },
+        )
+        log_results(logger, metrics, samples, trainer.global_step)
+        terminal.print(result_table(metrics))
+        if samples and config.task.samples:
+            terminal.print(samples_table(samples[: config.task.samples]))
+        terminal.print(
+            f"{metrics['speed']['steps']} steps in {metrics['speed']['train_seconds']:.0f} s, "
+            f"{metrics['speed']['supervised_tokens_per_second']:,.0f} supervised tokens/s. "
+            f"The adapter is in {folder / 'adapter'}"
+        )
+        return after["loss"]
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def build_data(config: Config) -> FinetuneDataModule:
+    """The data module that a configuration asks for, with the model's own tokenizer."""
+    from lorafit.data import load_tokenizer
+    from lorafit.datamodule import FinetuneDataModule
+
+    data = config.data
+    return FinetuneDataModule(
+        data.path,
+        tokenizer=load_tokenizer(
+            config.model.name, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
+        ),
+        eval_path=data.eval_path,
+        eval_fraction=data.eval_fraction,
+        eval_limit=config.task.eval_examples,
+        format=data.format,
+        columns=data.columns,
+        template=data.template,
+        max_length=data.max_length,
+        train_on=data.train_on,
+        batch_size=data.batch_size,
+        eval_batch_size=data.eval_batch_size,
+        num_workers=data.num_workers,
+        limit=data.limit,
+        seed=config.seed,
+    )
+
+
+def build_module(config: Config) -> FinetuneModule:
+    """The module that a configuration asks for; nothing is loaded yet."""
+    from lorafit.module import FinetuneModule
+
+    optimizer = dict(config.optimizer)
+    return FinetuneModule(
+        config.model.name,
+        rank=config.rank,
+        alpha=config.alpha,
+        target_modules=config.target_modules,
+        dropout=config.dropout,
+        variant=config.variant,
+        quant=to_dict(config)["quant"],
+        dtype=config.model.dtype,
+        device="cpu" if config.trainer.accelerator == "cpu" else None,
+        init=config.model.init,
+        attention=config.model.attention,
+        checkpointing=config.model.checkpointing,
+        trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision,
+        optimizer=optimizer.pop("_target_"),
+        optimizer_args=optimizer,
+        scheduler=config.scheduler.name,
+        warmup=config.scheduler.warmup,
+        gradient_clip_val=config.trainer.gradient_clip_val,
+        seed=config.seed,
+    )
+
+
+def open_logger(config: Config, folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """The logger of a run, as a context that closes it."""
+    settings = config.logger
+    if settings is None:
+        return contextlib.nullcontext()
+    if settings.type == "csv":
+        from lightning.pytorch.loggers import CSVLogger
+
+        return contextlib.nullcontext(CSVLogger(folder, name="csv", version=""))
+    from lorafit.callbacks.wandb import wandb_logger
+
+    assert settings.mode is not None and settings.project is not None
+    return wandb_logger(
+        folder,
+        config=to_dict(config),
+        mode=settings.mode,
+        project=settings.project,
+        name=settings.name,
+        group=settings.group,
+        tags=settings.tags,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def measure(config: Config, data: FinetuneDataModule, model: Any) -> tuple[dict[str, float], list[str]]:
+    """({"loss", "perplexity", "exact_match"}, answers in words) on the held-out rows.
+
+    Exact match is over the first task.generate_examples rows, of which at least task.samples are answered.
+    """
+    from lorafit.evaluation import evaluate_loss, exact_match, generate
+
+    numbers = evaluate_loss(model, data.val_dataloader())
+    count = max(config.task.generate_examples, config.task.samples)
+    examples = data.eval_examples[:count]
+    tokenizer: Any = data.tokenizer
+    answers = generate(
+        model,
+        [data.encoder.encode_prompt(example.prompt) for example in examples],
+        max_new_tokens=config.task.max_new_tokens,
+        end_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    result = {"loss": numbers["loss"], "perplexity": numbers["perplexity"]}
+    scored = min(config.task.generate_examples, len(examples))
+    if scored:
+        references = [example.completion for example in examples[:scored]]
+        result["exact_match"] = exact_match(texts[:scored], references)
+    return result, texts
+
+
+def retention(config: Config, data: FinetuneDataModule, model: Any) -> dict[str, float]:
+    """Perplexity with the adapter off and on, and KL, on text that has nothing to do with the task."""
+    from lorafit import embedded
+    from lorafit.data.general import TEXTS
+    from lorafit.retention import measure_retention
+
+    path = config.task.retention_path
+    if path is None and config.model.name == "embedded":
+        path = str(embedded.TEXT)
+    tokenizer: Any = data.tokenizer
+    texts = list(TEXTS) if path is None else read_texts(Path(path))
+    return measure_retention(model, [tokenizer(text).input_ids for text in texts])
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file: the `text` fields of JSON lines, or the whole of any other file."""
+    if path.suffix != ".jsonl":
+        return [path.read_text()]
+    from lorafit.data.formats import read_rows
+
+    texts = []
+    for where, row in read_rows(path):
+        if not isinstance(row.get("text"), str):
+            raise InputError(f"{where}: the row has no field 'text' to measure retention on")
+        texts.append(row["text"])
+    return texts
+
+
+def require_finite(module: FinetuneModule) -> None:
+    """Raise DivergedError when the trained adapter holds a number that is not finite."""
+    import torch
+
+    bad = [name for name, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise DivergedError(f"the adapter is not finite after training: {', '.join(bad[:3])}")
+
+
+# ------------------------------------------------------------------------------------------------ recording
+
+
+def begin_metrics(metrics: dict[str, Any], config: Config) -> None:
+    """What is known before anything is loaded."""
+    names = ("lorafit", "torch", "transformers", "lightning", "bitsandbytes", "hydra-core", "datasets", "wandb")
+    metrics["seed"] = config.seed
+    metrics["versions"] = {"python": platform.python_version()} | {name: version(name) for name in names}
+    metrics["config_sha256"] = config_sha256(config)
+
+
+def in_order(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The parts in the order in which a person reads them."""
+    first = ("status", "error", "model", "lora", "data", "before", "after", "retention", "speed", "memory")
+    return {key: metrics[key] for key in first if key in metrics} | metrics
+
+
+def describe_model(metrics: dict[str, Any], config: Config, module: FinetuneModule, trainable: int, total: int) -> None:
+    """The `model` and `lora` parts of metrics.json."""
+    metrics["model"] = {
+        "name": config.model.name,
+        "architecture": type(module.model).__name__,
+        "parameters_total": total,
+        "parameters_trainable": trainable,
+        "trainable_percent": round(100 * trainable / total, 4),
+        "quant": to_dict(config)["quant"],
+    }
+    metrics["lora"] = {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "target_modules": config.target_modules,
+        "variant": config.variant,
+        "modules_wrapped": len(module.wrapped),
+    }
+
+
+def memory_metrics(memory: Any) -> dict[str, int | None]:
+    """The `memory` part of metrics.json. The peak is that of training; lorafit does not predict it yet."""
+    parts = memory.parts or dict.fromkeys(
+        ("weights", "quant_state", "adapter", "gradient", "optimizer", "optimizer_paged"), 0
+    )
+    return {"peak_bytes": memory.peak, "predicted_peak_bytes": None} | {
+        f"{part}_bytes": count for part, count in parts.items()
+    }
+
+
+def write_samples(path: Path, samples: list[dict[str, str]]) -> None:
+    from lorafit.checkpoint import write_atomically
+
+    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_atomically(path, lambda file: file.write(text.encode()) and None)
+
+
+def log_results(logger: Any, metrics: dict[str, Any], samples: list[dict[str, str]], step: int) -> None:
+    """The held-out numbers, and the samples as a table where the logger has tables."""
+    if logger is None:
+        return
+    numbers = {f"before/{key}": value for key, value in metrics["before"].items()}
+    numbers |= {f"after/{key}": value for key, value in metrics["after"].items()}
+    numbers |= {f"retention/{key}": value for key, value in metrics["retention"].items()}
+    logger.log_metrics(numbers, step=step)
+    if hasattr(logger, "log_table") and samples:
+        logger.log_table("samples", columns=list(samples[0]), data=[list(sample.values()) for sample in samples])
+
+
+def device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def as_memory_error(error: Exception, metrics: dict[str, Any]) -> MemoryExhausted | None:
+    """Out of memory comes under several names; None for any other error."""
+    import torch
+
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(word in str(error) for word in words):
+        return None
+    parts = {key: value for key, value in metrics.get("memory", {}).items() if value}
+    held = f" Known parts in bytes: {parts}." if parts else ""
+    return MemoryExhausted(
+        f"out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}).{held} "
+        "These lower it: data.batch_size (with trainer.accumulate_grad_batches raised alike), data.max_length, "
+        "model.checkpointing=full, quant=nf4"
+    )
+
+
+if __name__ == "__main__":
+    main()

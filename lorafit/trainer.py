@@ -1,0 +1,105 @@
+"""The wiring of Lightning's Trainer: what of it is used, and what is answered otherwise.
+
+Lightning writes a checkpoint to $TMPDIR and moves it; where that is another file system, a kill in between leaves half a
+file and the old one is gone. `AtomicCheckpointIO` writes beside the target and renames. The progress bar, the model
+summary and the checkpoint callback are our own (callbacks/), since Lightning's count packed 4-bit weights and padding.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from transformers.utils import logging as hf_logging
+
+from lorafit.checkpoint import load_checkpoint, save_checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all, and are read back as plain data only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save_checkpoint(path, checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return load_checkpoint(path, map_location)
+
+
+def total_steps(batches: int, accumulate: int, max_steps: int | None, max_epochs: int | None) -> int:
+    """How many optimizer steps a run takes: the smaller of the limits that are given (None and -1 give none), or one
+    epoch where neither is."""
+    # the last batch of an epoch always steps, even in the middle of an accumulation
+    epoch = math.ceil(batches / accumulate)
+    limits = [max_steps] if max_steps is not None and max_steps > 0 else []
+    limits += [max_epochs * epoch] if max_epochs is not None and max_epochs > 0 else []
+    return min(limits, default=epoch)
+
+
+def validation_interval(interval: int | float | None, *, batches: int, accumulate: int, steps: int) -> int:
+    """Batches between two validations: from optimizer steps (int), a fraction of an epoch (float), or four a run (None)."""
+    if interval is None:
+        return max(1, steps // 4) * accumulate
+    if isinstance(interval, float):
+        return max(1, round(interval * batches))
+    return interval * accumulate
+
+
+def build_trainer(
+    folder: str | Path,
+    *,
+    batches: int,
+    max_steps: int | None = None,
+    max_epochs: int | None = None,
+    accumulate_grad_batches: int = 1,
+    val_check_interval: int | float | None = None,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    log_every_n_steps: int = 10,
+    callbacks: list[L.Callback] | None = None,
+    logger: Any = False,
+) -> L.Trainer:
+    """A Trainer for FinetuneModule that writes below `folder`; `batches` is the number of batches in an epoch."""
+    steps = total_steps(batches, accumulate_grad_batches, max_steps, max_epochs)
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator=accelerator,
+        devices=devices,
+        precision="32-true",
+        max_steps=steps,
+        max_epochs=-1,  # counted in steps already
+        accumulate_grad_batches=accumulate_grad_batches,
+        val_check_interval=validation_interval(
+            val_check_interval, batches=batches, accumulate=accumulate_grad_batches, steps=steps
+        ),
+        check_val_every_n_epoch=None,  # the interval counts across epochs
+        num_sanity_val_steps=0,
+        log_every_n_steps=log_every_n_steps,
+        callbacks=callbacks or [],
+        logger=logger,
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # our loader shares the batches out itself
+    )
+
+
+def quiet_libraries() -> None:
+    """Keep hints about products, about choices made on purpose, and bars that last a blink off the terminal."""
+    hf_logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+        ".*GPU available but not used.*",
+        ".*Trainer.fit.* stopped.*",
+        ".*isn't supported on CPU.*",
+        ".*found .* module.* in eval mode.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
