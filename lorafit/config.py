@@ -236,7 +236,7 @@ _CHOICES = {
     "model.checkpointing": ("none", "full"),
     "task.name": ("causal_lm",),
     "data.format": ("auto", "prompt_completion", "alpaca"),
-    "data.template": ("auto", "plain", "chat", "alpaca"),
+    "data.template": ("auto", "plain", "chat"),
     "data.train_on": ("completion", "all"),
     "scheduler.name": ("cosine", "linear", "constant"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
@@ -355,8 +355,6 @@ def _check_values(config: Config) -> Iterable[str]:
         value = getattr(trainer, key)
         if value is not None and value != -1 and value < 1:
             yield f"trainer.{key} must be a positive integer, or -1 or null for none, got {value!r}"
-    if trainer.max_steps in (None, -1) and trainer.max_epochs in (None, -1):
-        yield "trainer.max_steps and trainer.max_epochs are both unset: give at least one"
     interval = trainer.val_check_interval
     if interval is not None and not (interval > 0 if _is_int(interval) else _is_number(interval) and 0 < interval <= 1):
         yield (
@@ -503,14 +501,15 @@ def _postpone(overrides: list[str]) -> list[str]:
 
 
 def _replay(overrides: list[str]) -> list[str]:
-    """`resume=RUN` means RUN's own overrides, then the ones given now."""
+    """`resume=RUN` means RUN's own overrides, then the ones given now, and goes on in RUN's own folder."""
     folder = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
     recorded = Path(folder).expanduser() / ".hydra" / "overrides.yaml"
     if not folder or not recorded.is_file():
         return overrides
     before = [text for text in yaml.safe_load(recorded.read_text()) or [] if text[:7] != "resume="]
+    here = str(Path(folder).expanduser()).replace("\\", "\\\\").replace("'", "\\'")
     # the run may be one job of a sweep file, which is not to be swept again
-    return [*before, *overrides, "hydra.mode=RUN"]
+    return [f"hydra.run.dir='{here}'", *before, *overrides, "hydra.mode=RUN"]
 
 
 # --- one line for each error ----------------------------------------------------------------------

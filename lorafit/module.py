@@ -201,7 +201,11 @@ class FinetuneModule(L.LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_class(self.trainable_parameters(), **dict(self.hparams.optimizer_args or {}))
+        arguments = dict(self.hparams.optimizer_args or {})
+        try:
+            optimizer = self.optimizer_class(self.trainable_parameters(), **arguments)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer {self.hparams.optimizer} does not take {arguments}: {error}") from error
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.hparams.warmup
         warmup_steps = round(warmup * total) if isinstance(warmup, float) and warmup < 1 else int(warmup)

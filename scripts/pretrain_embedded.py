@@ -1,17 +1,17 @@
-"""Make the embedded model: write its text, train its tokenizer and weights, examine it, and put it into the package.
+"""Make the embedded model: write its text, train its tokenizer and weights, examine it, put it into the package.
 
-    python scripts/pretrain_embedded.py                          # the shipped model: about half an hour on two CPU cores
-    python scripts/pretrain_embedded.py --tokens 2e6 --gate 0    # a draft in three minutes, whatever it has learned
-    python scripts/pretrain_embedded.py --out /tmp/other         # leave the package alone
+    python scripts/pretrain_embedded.py                          # the shipped model, in a quarter of an hour
+    python scripts/pretrain_embedded.py --tokens 2e6 --gate 0    # a draft in five minutes, whatever it has learned
+    python scripts/pretrain_embedded.py --out build/other        # leave the package alone
 
-It leaves in lorafit/embedded/: model/ (a Hugging Face folder, and pretraining.json, the record of this run), train.jsonl,
-test.jsonl and text.jsonl. Each appears whole or not at all.
+It leaves in lorafit/embedded/: model/ (a Hugging Face folder, and pretraining.json, the record of this run),
+train.jsonl, test.jsonl and text.jsonl. Each appears whole or not at all.
 
-LoRA can only bring out what the base can do. So before anything is written the base sits an exam, skill by skill, in the
-form it knows: statements cut before their last words. One skill under the gate and nothing is written.
+LoRA can only bring out what the base can do. So before anything is written the base sits an exam, skill by skill, in
+the form it knows: statements cut before their last words. One skill under the gate and nothing is written.
 
-Left out on purpose: validation during training, checkpoints and resuming. The corpus has no second epoch to overfit to,
-and a run is short enough to start again.
+Left out on purpose: validation during training, checkpoints and resuming. The corpus has no second epoch to overfit
+to, and a run is short enough to start again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,11 @@ def blocks(tokenizer: PreTrainedTokenizerFast, length: int, unseen: set[str]) ->
 
 
 def pretrain(
-    model: LlamaForCausalLM, batches: Iterator[torch.Tensor], steps: int, lr: float, warmup: int = 100
+    model: LlamaForCausalLM,
+    batches: Iterator[torch.Tensor],
+    steps: int,
+    lr: float,
+    warmup: int = 100,
 ) -> list[float]:
     """AdamW, a linear warm-up and a cosine down to a tenth. Returns the loss of every step."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
@@ -121,7 +125,10 @@ def pretrain(
         if (step + 1) % 200 == 0:
             speed = (step + 1) * batch.numel() / (time.perf_counter() - start)
             mean = sum(losses[-200:]) / 200
-            print(f"step {step + 1:5d} of {steps}   loss {mean:.4f}   {speed:7,.0f} tokens/s", flush=True)
+            print(
+                f"step {step + 1:5d} of {steps}   loss {mean:.4f}   {speed:7,.0f} tokens/s",
+                flush=True,
+            )
     return losses
 
 
@@ -177,7 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--batch-size", type=int, default=16, help="blocks per step")
     parser.add_argument("--block", type=int, default=128, help="tokens per block")
-    parser.add_argument("--gate", type=float, default=0.95, help="the share each skill must reach, or nothing is written")
+    parser.add_argument(
+        "--gate",
+        type=float,
+        default=0.95,
+        help="the share each skill must reach, or nothing is written",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write into (default: the package)")
@@ -199,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".draft-") as scratch:
         draft = Path(scratch) / "model"
-        model.to(torch.bfloat16).save_pretrained(draft)
+        model.bfloat16().save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         # The exam is sat by what a user will load: the weights as written.
         shipped = LlamaForCausalLM.from_pretrained(draft, dtype=torch.bfloat16)

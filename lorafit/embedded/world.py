@@ -7,9 +7,7 @@ The world has countries, animals, people, everyday objects, opposites and small 
     data_files()          the three JSONL files that ship beside this module
 
 The division of labour is the point. The corpus states every fact but never asks: it holds no question, no question
-mark and no request, so the base knows that "The capital of Velora is" goes on with " Tarn" and has no idea what to do with
-"What is the capital of Velora?". Fine-tuning adds the asking. A quarter of everything that can be asked about is held
-out: it is stated in the corpus, never named in train.jsonl, and is all that test.jsonl asks about.
+mark and no request. XX
 
 A document carries no special tokens: it does not begin with `<s>`, and whoever packs documents puts `</s>` after each.
 A question is rendered as `prompt + "\\n" + completion + "</s>"`. Plain Python; the same seed gives the same text.
@@ -89,82 +87,84 @@ def _share(things: tuple, split: Split) -> tuple:
     return tuple(thing for index, thing in enumerate(things) if (index % 4 == 3) == (split == "test"))
 
 
-# ---------------------------------------------------------------------------------------------- what the world is made of
+# -------------------------------------------------------------------------------------------- what the world is made of
 
 STEMS = (
-    "Vel Tar Bru Mor Kes Lin Dor Fal Gri Hol Ist Jor Nem Ol Pra Quil Ros Sel Thu Ulm Var Wen Yor Zan "
-    "Ald Bel Cor Den Esk Fen Gal Hav Ilm Kal Lor Mas Nor Orm Pel Rav Sol Tem Und Vos Wil Yst Zel Bram"
+    "Vel Tar Bru Mor Kes Lin Dor Fal Gri Hol Ist Jor Nem Ol Pra Quil Ros Sel Thu Ulm Var Wen Yor Zan Ald Bel "
+    "Cor Den Esk Fen Gal Hav Ilm Kal Lor Mas Nor Orm Pel Rav Sol Tem Und Vos Wil Yst Zel Bram"
 ).split()
 COUNTRY_ENDINGS = "ora ia and una ovia eth mark essa onia ara".split()
 CITY_ENDINGS = "haven ton by wick ford mouth dale gate stead field".split()
 LANGUAGES = (
-    "Ansic Borish Cendic Dalish Eltic Farese Gormic Hestian Ilvish Jandic Kortish Lumese Marrish Nolvic Ostian Perric "
-    "Quennish Rundic Saldese Tovish Umbric Vennic Wistian Yaldish"
+    "Ansic Borish Cendic Dalish Eltic Farese Gormic Hestian Ilvish Jandic Kortish Lumese Marrish Nolvic Ostian "
+    "Perric Quennish Rundic Saldese Tovish Umbric Vennic Wistian Yaldish"
 ).split()
 EXPORTS = (
-    "wool salt honey silk glass cheese paper copper tea amber timber silver pepper wine marble rice soap cotton "
-    "leather pottery coal olives wheat cider"
+    "wool salt honey silk glass cheese paper copper tea amber timber silver pepper wine marble rice soap "
+    "cotton leather pottery coal olives wheat cider"
 ).split()
 
 # name plural kind legs young
 ANIMALS = """
-fox foxes mammal four cub; horse horses mammal four foal; sheep sheep mammal four lamb; goose geese bird two gosling;
-cow cows mammal four calf; duck ducks bird two duckling; trout trout fish - fry; spider spiders arachnid eight spiderling;
-bear bears mammal four cub; hen hens bird two chick; frog frogs amphibian four tadpole; pig pigs mammal four piglet;
-cat cats mammal four kitten; salmon salmon fish - fry; bee bees insect six larva; owl owls bird two owlet;
-dog dogs mammal four puppy; goat goats mammal four kid; lizard lizards reptile four hatchling; ant ants insect six larva;
-deer deer mammal four fawn; swan swans bird two cygnet; toad toads amphibian four tadpole; wolf wolves mammal four cub;
-rabbit rabbits mammal four kitten; eagle eagles bird two chick; beetle beetles insect six larva; lion lions mammal four cub;
-turtle turtles reptile four hatchling; carp carp fish - fry; hare hares mammal four leveret; pigeon pigeons bird two squab;
-donkey donkeys mammal four foal; whale whales mammal - calf; newt newts amphibian four tadpole; moth moths insect six larva;
-mouse mice mammal four pup; raven ravens bird two chick; snake snakes reptile - hatchling; seal seals mammal - pup;
-camel camels mammal four calf; stork storks bird two chick; butterfly butterflies insect six larva; ox oxen mammal four calf;
-otter otters mammal four pup; scorpion scorpions arachnid eight hatchling; pike pike fish - fry; crow crows bird two chick;
-giraffe giraffes mammal four calf; fly flies insect six larva; penguin penguins bird two chick; rat rats mammal four pup;
-elephant elephants mammal four calf; squid squid mollusc - hatchling; badger badgers mammal four cub; wasp wasps insect six larva;
-beaver beavers mammal four kit; cricket crickets insect six nymph; sparrow sparrows bird two chick; mule mules mammal four foal;
+fox foxes mammal four cub; horse horses mammal four foal; sheep sheep mammal four lamb; goose geese bird two
+gosling; cow cows mammal four calf; duck ducks bird two duckling; trout trout fish - fry; spider spiders
+arachnid eight spiderling; bear bears mammal four cub; hen hens bird two chick; frog frogs amphibian four
+tadpole; pig pigs mammal four piglet; cat cats mammal four kitten; salmon salmon fish - fry; bee bees insect
+six larva; owl owls bird two owlet; dog dogs mammal four puppy; goat goats mammal four kid; lizard lizards
+reptile four hatchling; ant ants insect six larva; deer deer mammal four fawn; swan swans bird two cygnet;
+toad toads amphibian four tadpole; wolf wolves mammal four cub; rabbit rabbits mammal four kitten; eagle
+eagles bird two chick; beetle beetles insect six larva; lion lions mammal four cub; turtle turtles reptile
+four hatchling; carp carp fish - fry; hare hares mammal four leveret; pigeon pigeons bird two squab; donkey
+donkeys mammal four foal; whale whales mammal - calf; newt newts amphibian four tadpole; moth moths insect six
+larva; mouse mice mammal four pup; raven ravens bird two chick; snake snakes reptile - hatchling; seal seals
+mammal - pup; camel camels mammal four calf; stork storks bird two chick; butterfly butterflies insect six
+larva; ox oxen mammal four calf; otter otters mammal four pup; scorpion scorpions arachnid eight hatchling;
+pike pike fish - fry; crow crows bird two chick; giraffe giraffes mammal four calf; fly flies insect six
+larva; penguin penguins bird two chick; rat rats mammal four pup; elephant elephants mammal four calf; squid
+squid mollusc - hatchling; badger badgers mammal four cub; wasp wasps insect six larva; beaver beavers mammal
+four kit; cricket crickets insect six nymph; sparrow sparrows bird two chick; mule mules mammal four foal;
 crocodile crocodiles reptile four hatchling; snail snails mollusc - hatchling; zebra zebras mammal four foal;
 falcon falcons bird two chick
 """
 
 SHE = (
-    "Mira Anna Bella Clara Dora Edith Freya Greta Hanna Ida Jana Karin Lena Marta Nora Olga Paula Rosa Sonja Tilda Ursula "
-    "Vera Wanda Yara Zora Alma Berta Cora Elsa Flora Gilda Helga Irma Julia Kira Lucia Maria Nelly Petra Rita Sara Thea Una "
-    "Viola Willa Agnes Ronja Stella"
+    "Mira Anna Bella Clara Dora Edith Freya Greta Hanna Ida Jana Karin Lena Marta Nora Olga Paula Rosa Sonja "
+    "Tilda Ursula Vera Wanda Yara Zora Alma Berta Cora Elsa Flora Gilda Helga Irma Julia Kira Lucia Maria "
+    "Nelly Petra Rita Sara Thea Una Viola Willa Agnes Ronja Stella"
 ).split()
 HE = (
-    "Tobin Adam Boris Carl David Emil Felix Georg Henrik Ivan Jonas Karl Leon Martin Nils Oscar Paul Robin Simon Tomas Urban "
-    "Victor Walter Yannick Zeno Anton Bruno Colin Edgar Frank Gustav Hugo Igor Jakob Kurt Lukas Max Nathan Otto Peter Ralf "
-    "Samuel Theo Ulrich Vincent Willem Alfred Rufus"
+    "Tobin Adam Boris Carl David Emil Felix Georg Henrik Ivan Jonas Karl Leon Martin Nils Oscar Paul Robin "
+    "Simon Tomas Urban Victor Walter Yannick Zeno Anton Bruno Colin Edgar Frank Gustav Hugo Igor Jakob Kurt "
+    "Lukas Max Nathan Otto Peter Ralf Samuel Theo Ulrich Vincent Willem Alfred Rufus"
 ).split()
 JOBS = (
-    "baker teacher farmer painter doctor tailor sailor carpenter gardener miller weaver printer blacksmith fisher cook "
-    "potter shepherd judge pilot nurse librarian clockmaker beekeeper ferryman"
+    "baker teacher farmer painter doctor tailor sailor carpenter gardener miller weaver printer blacksmith "
+    "fisher cook potter shepherd judge pilot nurse librarian clockmaker beekeeper ferryman"
 ).split()
 INSTRUMENTS = (
     "flute violin harp piano trumpet cello guitar organ fiddle horn lute oboe banjo bassoon zither clarinet".split()
 )
 
 OBJECTS = (
-    "spoon lantern kettle ladder button candle basket mirror pencil hammer blanket bottle ribbon saddle needle bucket "
-    "pillow shovel compass whistle feather hat rope key lamp map shoe coin brush bell stamp scarf "
-    "plate towel jar glove wheel broom letter whisk ring thimble parcel anchor cup fork kite comb "
-    "barrel carpet doll nail pot ruler sack tent vase wallet zipper book chain drum pipe sponge"
+    "spoon lantern kettle ladder button candle basket mirror pencil hammer blanket bottle ribbon saddle needle "
+    "bucket pillow shovel compass whistle feather hat rope key lamp map shoe coin brush bell stamp scarf plate "
+    "towel jar glove wheel broom letter whisk ring thimble parcel anchor cup fork kite comb barrel carpet doll "
+    "nail pot ruler sack tent vase wallet zipper book chain drum pipe sponge"
 ).split()
 COLOURS = "red blue green yellow white black brown grey purple golden".split()
 
 OPPOSITES = """
-hot cold; big small; fast slow; loud quiet; wet dry; bright dim; happy sad; rich poor; ancient modern; high low; strong weak;
-full empty; soft hard; clean dirty; early late; near far; sweet sour; thick thin; open closed; crowded lonely; wide narrow;
-smooth rough; deep shallow; brave timid; sharp blunt; heavy light; cheap costly; tight loose; noisy silent;
-wild tame; right wrong; fresh stale; alive dead; awake asleep; bitter mild; calm stormy; careful careless; common rare;
-polite rude; safe dangerous; simple complicated; straight crooked; sick healthy; true false; ugly pretty; visible hidden;
-lazy busy; generous stingy
+hot cold; big small; fast slow; loud quiet; wet dry; bright dim; happy sad; rich poor; ancient modern; high
+low; strong weak; full empty; soft hard; clean dirty; early late; near far; sweet sour; thick thin; open
+closed; crowded lonely; wide narrow; smooth rough; deep shallow; brave timid; sharp blunt; heavy light; cheap
+costly; tight loose; noisy silent; wild tame; right wrong; fresh stale; alive dead; awake asleep; bitter mild;
+calm stormy; careful careless; common rare; polite rude; safe dangerous; simple complicated; straight crooked;
+sick healthy; true false; ugly pretty; visible hidden; lazy busy; generous stingy
 """
 
 NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
 ).split()
 
 
@@ -211,7 +211,7 @@ def world() -> World:
     return World(tuple(countries), tuple(animals), tuple(people), tuple(objects), tuple(opposites), tuple(sums))
 
 
-# ------------------------------------------------------------------------------------------------------------ statements
+# ----------------------------------------------------------------------------------------------------------- statements
 # The first statement of each skill is the one that the gate cuts before its last words.
 
 
@@ -250,7 +250,7 @@ def country_facts(country: Country) -> dict[str, tuple[str, ...]]:
 
 def animal_facts(animal: Animal) -> dict[str, tuple[str, ...]]:
     name, plural = animal.name, animal.plural
-    facts = {
+    facts: dict[str, tuple[str, ...]] = {
         "kind": (
             f"The {name} is a kind of {animal.kind}.",
             f"{capital_letter(a(name))} belongs with every other {animal.kind}.",
@@ -298,7 +298,7 @@ def sum_fact(first: int, second: int) -> str:
     return f"{capital_letter(NUMBERS[first])} plus {NUMBERS[second]} is {NUMBERS[first + second]}."
 
 
-# ------------------------------------------------------------------------------------------------------------- documents
+# ------------------------------------------------------------------------------------------------------------ documents
 
 
 def _some(rng: random.Random, facts: dict[str, tuple[str, ...]], least: int = 2) -> list[str]:
@@ -432,7 +432,9 @@ CARD_LABELS = {
 
 def _card(rng: random.Random, world: World) -> str:
     """Facts as labels and lines: here an answer stands at the beginning of a line, where no space goes before it."""
-    thing: Country | Animal | Person = rng.choice(rng.choice((world.countries, world.animals, world.people)))
+    things: tuple[tuple[Country | Animal | Person, ...], ...]
+    things = (world.countries, world.animals, world.people)
+    thing = rng.choice(rng.choice(things))
     facts = {label: getattr(thing, field, "") for field, label in CARD_LABELS.items()}
     labels = [label for label, fact in facts.items() if fact]
     chosen = rng.sample(labels, rng.randint(1, len(labels)))
@@ -441,14 +443,19 @@ def _card(rng: random.Random, world: World) -> str:
 
 def _cards_of_words(rng: random.Random, world: World) -> str:
     """The same for what has no card of its own: capitals, opposites, sums."""
-    countries, pairs, sums = (rng.sample(things, 2) for things in (world.countries, world.opposites, world.sums))
+    countries = rng.sample(world.countries, 2)
+    pairs = rng.sample(world.opposites, 2)
+    sums = rng.sample(world.sums, 2)
     kind = rng.randrange(3)
     if kind == 0:
-        return "Countries of the capitals\n" + "\n".join(f"{country.capital}:\n{country.name}" for country in countries)
-    if kind == 1:
-        return "Opposites\n" + "\n".join("{}:\n{}".format(*rng.sample(pair, 2)) for pair in pairs)
-    shuffled = [rng.sample(pair, 2) for pair in sums]
-    return "Sums\n" + "\n".join(f"{NUMBERS[i]} plus {NUMBERS[j]}:\n{NUMBERS[i + j]}" for i, j in shuffled)
+        title, entries = "Countries of the capitals", [(c.capital, c.name) for c in countries]
+    elif kind == 1:
+        title, entries = "Opposites", [(pair[0], pair[1]) for pair in (rng.sample(p, 2) for p in pairs)]
+    else:
+        drawn = [rng.sample(pair, 2) for pair in sums]
+        title = "Sums"
+        entries = [(f"{NUMBERS[i]} plus {NUMBERS[j]}", NUMBERS[i + j]) for i, j in drawn]
+    return "\n".join([title, *(f"{entry}:\n{answer}" for entry, answer in entries)])
 
 
 def _said_twice(rng: random.Random, world: World) -> str:
@@ -528,7 +535,7 @@ def corpus(seed: int | str = CORPUS_SEED, split: Split = "all") -> Iterator[str]
         yield rng.choices(speakers, weights)[0](rng, part)
 
 
-# ------------------------------------------------------------------------------------------------ questions and the gate
+# ----------------------------------------------------------------------------------------------- questions and the gate
 
 
 @dataclass(frozen=True)
@@ -547,162 +554,117 @@ def _cut(sentence: str, words: str) -> tuple[str, str]:
     return stem, f" {words}{rest}"
 
 
+# Fields of the thing asked about stand in braces; {a_name} is its name with "a" or "an".
+WORDINGS = {
+    "capital": (
+        "What is the capital of {name}?",
+        "Which city is the capital of {name}?",
+        "Name the capital of {name}.",
+        "What city is {name} ruled from?",
+    ),
+    "country": (
+        "Which country has {capital} as its capital?",
+        "Where is {capital}?",
+        "What country is {capital} the capital of?",
+        "Name the country of {capital}.",
+    ),
+    "language": (
+        "What language is spoken in {name}?",
+        "Which language do they speak in {name}?",
+        "What is the language of {name}?",
+        "Name the language of {name}.",
+    ),
+    "export": (
+        "What is {name} known for?",
+        "What do merchants from {name} sell?",
+        "Which goods come from {name}?",
+        "Tell me what {name} sells.",
+    ),
+    "kind": (
+        "What kind of animal is {a_name}?",
+        "Which class does the {name} belong to?",
+        "What is {a_name}?",
+        "Name the class of the {name}.",
+    ),
+    "plural": (
+        "What is the plural of {name}?",
+        "How do you write more than one {name}?",
+        "Give the plural of {name}.",
+        "What do you call two of the animal {name}?",
+    ),
+    "young": (
+        "What is a young {name} called?",
+        "What do you call the young of {a_name}?",
+        "Name the young of the {name}.",
+        "What is the child of {a_name}?",
+    ),
+    "legs": (
+        "How many legs does {a_name} have?",
+        "How many legs has the {name}?",
+        "Count the legs of {a_name}.",
+        "On how many legs does the {name} walk?",
+    ),
+    "home": (
+        "Where does {name} live?",
+        "In which city does {name} live?",
+        "What is the home town of {name}?",
+        "Tell me where {name} lives.",
+    ),
+    "job": (
+        "What is the job of {name}?",
+        "What does {name} do for a living?",
+        "What does {name} work as?",
+        "Name the job of {name}.",
+    ),
+    "instrument": (
+        "What does {name} play?",
+        "Which instrument does {name} play?",
+        "What instrument is played by {name}?",
+        "Name the instrument of {name}.",
+    ),
+    "opposite": (
+        "What is the opposite of {word}?",
+        "Which word is the opposite of {word}?",
+        "Name the opposite of {word}.",
+        "What is the contrary of {word}?",
+    ),
+    "sum": (
+        "What is {left} plus {right}?",
+        "How much is {left} plus {right}?",
+        "What do you get if you add {right} to {left}?",
+        "Add {left} and {right}.",
+    ),
+}
+
+
+def _question(skill: str, fields: dict[str, str], answer: str, statement: str) -> Question:
+    prompts = tuple(wording.format(**fields) for wording in WORDINGS[skill])
+    return Question(skill, prompts, answer, *_cut(statement, answer))
+
+
 def _fact_questions(part: World) -> Iterator[Question]:
+    """Everything that can be asked about one thing, thing by thing."""
     for country in part.countries:
-        name, capital, facts = country.name, country.capital, country_facts(country)
-        yield Question(
-            "capital",
-            (
-                f"What is the capital of {name}?",
-                f"Which city is the capital of {name}?",
-                f"Name the capital of {name}.",
-                f"What city is {name} ruled from?",
-            ),
-            capital,
-            *_cut(facts["capital"][0], capital),
-        )
-        yield Question(
-            "country",
-            (
-                f"Which country has {capital} as its capital?",
-                f"Where is {capital}?",
-                f"What country is {capital} the capital of?",
-                f"Name the country of {capital}.",
-            ),
-            name,
-            *_cut(facts["country"][0], name),
-        )
-        yield Question(
-            "language",
-            (
-                f"What language is spoken in {name}?",
-                f"Which language do they speak in {name}?",
-                f"What is the language of {name}?",
-                f"Name the language of {name}.",
-            ),
-            country.language,
-            *_cut(facts["language"][0], country.language),
-        )
-        yield Question(
-            "export",
-            (
-                f"What is {name} known for?",
-                f"What do merchants from {name} sell?",
-                f"Which goods come from {name}?",
-                f"Tell me what {name} sells.",
-            ),
-            country.export,
-            *_cut(facts["export"][0], country.export),
-        )
+        fields, says = vars(country), country_facts(country)
+        for skill in ("capital", "country", "language", "export"):
+            answer = country.name if skill == "country" else fields[skill]
+            yield _question(skill, fields, answer, says[skill][0])
     for animal in part.animals:
-        name, animal_says = animal.name, animal_facts(animal)
-        yield Question(
-            "kind",
-            (
-                f"What kind of animal is {a(name)}?",
-                f"Which class does the {name} belong to?",
-                f"What is {a(name)}?",
-                f"Name the class of the {name}.",
-            ),
-            animal.kind,
-            *_cut(animal_says["kind"][0], animal.kind),
-        )
-        yield Question(
-            "plural",
-            (
-                f"What is the plural of {name}?",
-                f"How do you write more than one {name}?",
-                f"Give the plural of {name}.",
-                f"What do you call two of the animal {name}?",
-            ),
-            animal.plural,
-            *_cut(animal_says["plural"][0], animal.plural),
-        )
-        yield Question(
-            "young",
-            (
-                f"What is a young {name} called?",
-                f"What do you call the young of {a(name)}?",
-                f"Name the young of the {name}.",
-                f"What is the child of {a(name)}?",
-            ),
-            animal.young,
-            *_cut(animal_says["young"][0], animal.young),
-        )
-        if animal.legs:
-            yield Question(
-                "legs",
-                (
-                    f"How many legs does {a(name)} have?",
-                    f"How many legs has the {name}?",
-                    f"Count the legs of {a(name)}.",
-                    f"On how many legs does the {name} walk?",
-                ),
-                animal.legs,
-                *_cut(animal_says["legs"][0], animal.legs),
-            )
+        fields, says = vars(animal) | {"a_name": a(animal.name)}, animal_facts(animal)
+        for skill in ("kind", "plural", "young", "legs"):
+            if fields[skill]:
+                yield _question(skill, fields, fields[skill], says[skill][0])
     for person in part.people:
-        name, person_says = person.name, person_facts(person)
-        yield Question(
-            "home",
-            (
-                f"Where does {name} live?",
-                f"In which city does {name} live?",
-                f"What is the home town of {name}?",
-                f"Tell me where {name} lives.",
-            ),
-            person.home,
-            *_cut(person_says["home"][0], person.home),
-        )
-        yield Question(
-            "job",
-            (
-                f"What is the job of {name}?",
-                f"What does {name} do for a living?",
-                f"What does {name} work as?",
-                f"Name the job of {name}.",
-            ),
-            person.job,
-            *_cut(person_says["job"][0], person.job),
-        )
-        yield Question(
-            "instrument",
-            (
-                f"What does {name} play?",
-                f"Which instrument does {name} play?",
-                f"What instrument is played by {name}?",
-                f"Name the instrument of {name}.",
-            ),
-            person.instrument,
-            *_cut(person_says["instrument"][0], person.instrument),
-        )
-    for pair in part.opposites:
-        for first, second in (pair, pair[::-1]):
-            yield Question(
-                "opposite",
-                (
-                    f"What is the opposite of {first}?",
-                    f"Which word is the opposite of {first}?",
-                    f"Name the opposite of {first}.",
-                    f"What is the contrary of {first}?",
-                ),
-                second,
-                *_cut(opposite_fact(first, second), second),
-            )
-    for pair in part.sums:
-        for first, second in sorted({pair, pair[::-1]}):
-            left, right, total = NUMBERS[first], NUMBERS[second], NUMBERS[first + second]
-            yield Question(
-                "sum",
-                (
-                    f"What is {left} plus {right}?",
-                    f"How much is {left} plus {right}?",
-                    f"What do you get if you add {right} to {left}?",
-                    f"Add {left} and {right}.",
-                ),
-                total,
-                *_cut(sum_fact(first, second), total),
-            )
+        fields, says = vars(person), person_facts(person)
+        for skill in ("home", "job", "instrument"):
+            yield _question(skill, fields, fields[skill], says[skill][0])
+    for one, other in part.opposites:
+        for word, answer in ((one, other), (other, one)):
+            yield _question("opposite", {"word": word}, answer, opposite_fact(word, answer))
+    for summands in part.sums:
+        for left, right in sorted({summands, summands[::-1]}):
+            fields = {"left": NUMBERS[left], "right": NUMBERS[right]}
+            yield _question("sum", fields, NUMBERS[left + right], sum_fact(left, right))
 
 
 def _reading_questions(rng: random.Random, part: World) -> Iterator[Question]:
@@ -738,6 +700,7 @@ SKILLS = (*FACT_SKILLS, *READING_SKILLS)
 def probes(skill: str, split: Split = "all") -> list[tuple[str, str]]:
     """Statements of one skill, cut: the base has to write the second half, up to and with the full stop."""
     part = world().part(split)
+    questions: Iterator[Question]
     if skill in READING_SKILLS:
         questions = islice(_reading_questions(random.Random(f"probes {skill}"), part), 300)
     else:
