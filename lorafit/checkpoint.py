@@ -7,9 +7,11 @@ leaves the file that was there or the new one, never half of it. Nothing is read
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call `write` with a file that becomes `path` once it is complete and on the disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +38,39 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> No
         raise
 
 
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Put the complete folder `draft` where `folder` is. What only `folder` holds is kept."""
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    _exchange(draft, folder)
+    for path in draft.iterdir():
+        if not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    shutil.rmtree(draft)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: in a single step where the system has one (Linux), else one rename after the other."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    if renameat2 and renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return
+    aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=f".{other.name}-old-")) / other.name
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except BaseException:
+        aside.rename(other)
+        raise
+    aside.rename(one)
+    aside.parent.rmdir()
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, atomically. Numbers that JSON lacks (NaN, infinity) become null."""
     text = json.dumps(_json_numbers(value), indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _json_numbers(value: Any) -> Any:
@@ -64,7 +95,8 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 def random_state() -> dict[str, Any]:
     """The state of every generator a training step may draw from, as plain values and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = state
     return {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],

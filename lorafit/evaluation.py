@@ -31,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def perplexity(loss: float) -> float:
     """exp(loss), and infinity where that is more than a float holds."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 700 else math.exp(loss)  # NaN stays NaN
 
 
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -51,8 +51,10 @@ def generate(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, up to the end token and without it.
 
-    Prompts are batched by length, so that few places are padding; they are padded on the left.
+    Prompts are batched by length, so that few places are padding; they are padded on the left. An empty prompt, which
+    has no place to predict from, begins after an end token.
     """
+    prompts = [prompt or [end_id] for prompt in prompts]
     device = next(model.parameters()).device
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=end_id, pad_token_id=pad_id

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +46,16 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         raise InputError("target_modules is empty: name layers, or take all_linear")
     chosen: set[str] = set()
     for entry in entries:
-        matched = _matches(str(entry), layers)
+        matched = matches(str(entry), layers)
         if not matched:
             raise InputError(_no_match(model, str(entry), list(layers)))
         chosen.update(matched)
     return [name for name in layers if name in chosen]
 
 
-def _matches(entry: str, names: Sequence[str] | dict[str, nn.Module]) -> list[str]:
+def matches(entry: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that an entry of `target_modules` means: by name or dotted end, else as a regular expression."""
+    names = list(names)
     if re.fullmatch(r"[\w.]+", entry):
         by_name = [name for name in names if name == entry or name.endswith("." + entry)]
         if by_name:
@@ -66,7 +68,7 @@ def _matches(entry: str, names: Sequence[str] | dict[str, nn.Module]) -> list[st
 
 
 def _no_match(model: nn.Module, entry: str, layers: list[str]) -> str:
-    others = _matches(entry, [name for name, _ in model.named_modules() if name])
+    others = matches(entry, [name for name, _ in model.named_modules() if name])
     if others:
         kind = type(model.get_submodule(others[0])).__name__
         inside = sorted({name.rpartition(".")[2] for name in layers if name.startswith(others[0] + ".")})
@@ -129,7 +131,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def coverage(model: nn.Module) -> dict[str, dict[str, int]]:
     """For each kind of linear layer (the last part of its name): how many are wrapped, and how many there are."""
     kinds: dict[str, dict[str, int]] = {}
-    adapted = lora_layers(model)
+    adapted = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LoRALinear)
+    }
     # what lies inside a LoRA layer, its base and its factors, is part of it
     inside = tuple(f"{name}." for name in adapted) or ("\0",)
     plain = [name for name in linear_layers(model) if not name.startswith(inside)]

@@ -17,7 +17,6 @@ a new plain layer and leaves this one as it was.
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafit.errors import InputError, did_you_mean
-from lorafit.quant import compute_dtype, dequantize, features, is_linear, is_quantized, plain_layer
+from lorafit.quant import compute_dtype, dequantize, features, is_linear, plain_dtype, plain_layer
 
 VARIANTS = ("lora", "rslora")
 
@@ -34,7 +33,7 @@ def lora_scaling(rank: Any, alpha: Any, variant: str = "lora") -> float:
     """The factor before B·A: alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (arXiv:2312.03732)."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise InputError(f"rank must be a positive integer, got {rank!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise InputError(f"alpha must be a positive number, got {alpha!r}")
     if variant not in VARIANTS:
         raise InputError(
@@ -75,8 +74,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not is_linear(base_layer):
             raise InputError(f"LoRA wraps linear layers, not {type(base_layer).__name__}")
-        if not 0.0 <= dropout < 1.0:
-            raise InputError(f"dropout must lie in [0, 1), got {dropout!r}")
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+            raise InputError(f"dropout must be a number in [0, 1), got {dropout!r}")
         self.scaling = lora_scaling(rank, alpha, variant)
         self.rank, self.alpha, self.variant = rank, alpha, variant
         in_features, out_features = features(base_layer)
@@ -94,22 +93,23 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
         update = self.lora_B(self.lora_A(self.dropout(x.to(compute_dtype(self.base_layer, x)))))
-        return self.base_layer(x) + update * self.scaling
+        return result + (update * self.scaling).to(result.dtype)
 
     def delta_weight(self) -> Tensor:
-        """The update (alpha / rank) · B A as a dense float32 [out_features, in_features] tensor."""
-        return (self.lora_B.weight.detach().float() @ self.lora_A.weight.detach().float()) * self.scaling
+        """The update (alpha / rank) · B A as a dense [out_features, in_features] tensor, in float32 or wider."""
+        wide = torch.promote_types(self.lora_A.weight.dtype, torch.float32)
+        return (self.lora_B.weight.detach().to(wide) @ self.lora_A.weight.detach().to(wide)) * self.scaling
 
     def merge(self) -> nn.Module:
         """A new plain layer holding W + (alpha / rank) · B A; a quantized W is taken as dequantized.
 
-        It has the base's dtype, or the compute dtype of a quantized base. This layer stays as it was.
+        It has the dtype that the base had before quantization, so that it fits where the base stood. The sum is
+        rounded once. This layer stays as it was.
         """
-        weight = dequantize(self.base_layer)
-        # 8-bit weights come back in float32; a 4-bit base says in which dtype it multiplies
-        dtype = getattr(self.base_layer, "compute_dtype", None) if is_quantized(self.base_layer) else weight.dtype
-        return plain_layer(self.base_layer, (weight.float() + self.delta_weight()).to(dtype or torch.bfloat16))
+        weight = dequantize(self.base_layer) + self.delta_weight()
+        return plain_layer(self.base_layer, weight.to(plain_dtype(self.base_layer)))
 
     # Models look at these of their linear layers (T5 asks for wo.weight.dtype).
     @property

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -54,8 +55,10 @@ INT8_OUTLIER_THRESHOLD = 6.0
 
 def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A torch dtype from its name; None and "auto" give None."""
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
-        return None if dtype == "auto" else dtype
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{did_you_mean(dtype, DTYPES)}")
     return DTYPES[dtype]
@@ -85,8 +88,10 @@ class Quantization:
     @classmethod
     def of(cls, spec: Quantization | Mapping[str, Any] | str | None) -> Quantization | None:
         """From a type name, a mapping of the fields, or None ("none") for a base in 16 bits."""
-        if spec is None or spec == "none" or isinstance(spec, Quantization):
-            return None if spec == "none" else spec
+        if spec is None or spec == "none":
+            return None
+        if isinstance(spec, Quantization):
+            return spec
         fields: dict[str, Any] = {"type": spec} if isinstance(spec, str) else dict(spec)
         if fields.get("type") == "int8":
             fields = fields | {"double_quant": False, "block_size": None}
@@ -154,11 +159,15 @@ def logical_shape(parameter: Tensor) -> torch.Size:
     return quant_state.shape if quant_state is not None else parameter.shape
 
 
+def _quant_state(linear: Any) -> Any:
+    return linear.weight.quant_state
+
+
 def quant_state_tensors(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that go with the quantized weights of a model: scales, code books, nested scales."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            quant_state = module.weight.quant_state
+            quant_state: Any = _quant_state(module)
             while quant_state is not None:
                 yield from (quant_state.absmax, quant_state.code)
                 if isinstance(quant_state.offset, Tensor):
@@ -168,24 +177,32 @@ def quant_state_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield _int8_scales(module)
 
 
-def _int8_scales(linear: nn.Module) -> Tensor:
+def _int8_scales(linear: Any) -> Tensor:
     # the first forward moves the scales from the parameter to the layer's state
-    return linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB  # type: ignore[union-attr,return-value]
+    return linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
 
 
-def dequantize(linear: nn.Module) -> Tensor:
+def dequantize(linear: Any) -> Tensor:
     """The weight of a linear layer as a dense [out_features, in_features] tensor, whatever its storage."""
     if isinstance(linear, Conv1D):
         return linear.weight.detach().T
     if isinstance(linear, bnb.nn.Linear4bit):
         _undo_repacking(linear)
-        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        return bnb.functional.dequantize_4bit(linear.weight.data, _quant_state(linear))
     if isinstance(linear, bnb.nn.Linear8bitLt):
         return linear.weight.data * (_int8_scales(linear).unsqueeze(1) / 127.0)
-    return linear.weight.detach()  # type: ignore[operator,union-attr]
+    return linear.weight.detach()
 
 
-def plain_layer(linear: nn.Module, weight: Tensor) -> nn.Module:
+def plain_dtype(linear: Any) -> torch.dtype:
+    """The dtype of a linear layer's weight, of a quantized one before it was quantized."""
+    if not is_quantized(linear):
+        return linear.weight.dtype
+    # a layer that came quantized says at most in which dtype it multiplies
+    return getattr(linear, "source_dtype", None) or getattr(linear, "compute_dtype", None) or torch.bfloat16
+
+
+def plain_layer(linear: Any, weight: Tensor) -> nn.Module:
     """A new 16- or 32-bit layer of the kind `linear` was before quantization, holding weight [out, in]."""
     bias = getattr(linear, "bias", None)
     kind = getattr(linear, "source_cls", nn.Linear) if is_quantized(linear) else type(linear)
@@ -208,22 +225,27 @@ def plain_layer(linear: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def disarm_repacking(model: nn.Module) -> None:
-    """Keep every Linear4bit from repacking its weight in evaluation, and undo it where it has happened."""
+    """Keep every Linear4bit from repacking its weight in evaluation, and undo it where it has happened.
+
+    What was repacked comes back with its scales rounded to bfloat16: closer than 2^-8, not bit for bit.
+    """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
             _undo_repacking(module)
 
 
-def _undo_repacking(linear: nn.Module) -> None:
+def _undo_repacking(linear: Any) -> None:
     quant_state = linear.weight.quant_state
     if getattr(quant_state, "packing_format_for_cpu", False):
         inverse = bnb.functional._convert_weight_packed_for_cpu_inverse
-        linear.weight.data, linear.weight.quant_state = inverse(linear.weight.data, quant_state)
-        linear.quant_state = linear.weight.quant_state
+        linear.weight.data, quant_state = inverse(linear.weight.data, quant_state)
+        if not quant_state.nested:  # these the inverse leaves as the repacking made them: transposed, in bfloat16
+            quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
+        linear.weight.quant_state = linear.quant_state = quant_state
 
 
-def reads_back_right(linear: nn.Module, rows: int = 8) -> bool:
+def reads_back_right(linear: Any, rows: int = 8) -> bool:
     """Whether bitsandbytes reads a Linear4bit's packed weight as its definition says, on its first and last rows.
 
     The definition (QLoRA, section 2): two 4-bit codes a byte, high half first, in row-major order; a weight is
@@ -255,7 +277,8 @@ def reads_back_right(linear: nn.Module, rows: int = 8) -> bool:
 
 def head_names(model: nn.Module) -> set[str]:
     """Names of the output head: what turns hidden states into token scores. It is neither quantized nor adapted."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     names = {name for name, module in model.named_modules(remove_duplicate=False) if module is head}
     # classification heads are trained from scratch, and sit at the top under these names
     return names | {name for name in ("classifier", "score", "qa_outputs") if hasattr(model, name)}
@@ -267,12 +290,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     The output projection of nn.MultiheadAttention is left out: its weight is used without calling the layer,
     so that a wrapper around it would do nothing.
     """
-    attention = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    return {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if is_linear(module) and not name.startswith(attention or ("\0",))
-    }
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    attention = tuple(f"{name}." for name, module in named if isinstance(module, nn.MultiheadAttention))
+    return {name: module for name, module in named if is_linear(module) and not name.startswith(attention or ("\0",))}
 
 
 def quantize_model(model: nn.Module, quant: Quantization, device: torch.device, report: BaseReport) -> None:
@@ -297,16 +317,17 @@ def quantize_model(model: nn.Module, quant: Quantization, device: torch.device, 
                 model.set_submodule(name, done[id(linear)])
                 report.quantized.append(name)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 3:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() == 3 and not isinstance(owner, nn.Conv1d):
             report.left[name] = "a stack of expert weights, no linear layer"
 
 
-def _quantize_linear(linear: nn.Module, quant: Quantization, device: torch.device) -> nn.Module | None:
+def _quantize_linear(linear: Any, quant: Quantization, device: torch.device) -> nn.Module | None:
     """The quantized twin of a linear layer, or None when bitsandbytes cannot hold it rightly on this machine."""
     in_features, out_features = features(linear)
-    weight = (linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data).contiguous()  # type: ignore[operator,union-attr]
+    weight = (linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data).contiguous()
     bias = getattr(linear, "bias", None)
-    layer: nn.Module
+    layer: Any
     if quant.type == "int8":
         layer = bnb.nn.Linear8bitLt(
             in_features,
@@ -316,7 +337,8 @@ def _quantize_linear(linear: nn.Module, quant: Quantization, device: torch.devic
             threshold=INT8_OUTLIER_THRESHOLD,
             device="meta",
         )
-        layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        packed: Any = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        layer.weight = packed.to(device)
     else:
         layer = bnb.nn.Linear4bit(
             in_features,
@@ -327,20 +349,22 @@ def _quantize_linear(linear: nn.Module, quant: Quantization, device: torch.devic
             quant_type=quant.type,
             device="meta",
         )
-        layer.weight = bnb.nn.Params4bit(
+        packed = bnb.nn.Params4bit(
             weight,
             requires_grad=False,
             compress_statistics=quant.double_quant,
             quant_type=quant.type,
             blocksize=quant.block_size,
             module=layer,
-        ).to(device)
+        )
+        layer.weight = packed.to(device)
         disarm_repacking(layer)
         if not reads_back_right(layer):
             return None
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
     layer.source_cls = Conv1D if isinstance(linear, Conv1D) else nn.Linear
+    layer.source_dtype = weight.dtype
     return layer.train(linear.training)
 
 
@@ -395,14 +419,16 @@ def load_base_model(
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, **options)
         elif init == "pretrained":
             _require_weights(name, source)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=wanted or "auto",
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are an error below, with names
                 **({"device_map": {"": str(device)}} if prequantized else {}),
                 **options,
             )
+            model, info = loaded
             missing = sorted(info["missing_keys"]) + sorted(str(item) for item in info["mismatched_keys"])
             if missing:
                 raise InputError(
@@ -413,6 +439,8 @@ def load_base_model(
             raise InputError(f"model.init must be pretrained or random, got {init!r}")
     model.requires_grad_(False)
     report = BaseReport(name=str(name), quant=quant)
+    if prequantized:
+        _note_quantized(model, report)
     if quant is not None:
         quantize_model(model, quant, device, report)
     model.to(device)
@@ -420,6 +448,22 @@ def load_base_model(
     model.config.use_cache = False  # packed examples would see each other through the cache
     model.lorafit_base = report
     return model.train()
+
+
+def _note_quantized(model: nn.Module, report: BaseReport) -> None:
+    """Report the linear layers that a checkpoint brought quantized, and tell each which dtype the model works in."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for name, linear in linear_layers(model).items():
+        if not is_quantized(linear):
+            report.left[name] = "not quantized in the checkpoint"
+            continue
+        report.quantized.append(name)
+        linear.source_dtype = dtype  # type: ignore[assignment]
+        if isinstance(linear, bnb.nn.Linear4bit):
+            state = _quant_state(linear)
+            report.quant = Quantization(state.quant_type, state.nested, state.blocksize, linear.compute_dtype or dtype)
+        else:
+            report.quant = Quantization.of("int8")
 
 
 def _require_weights(name: str, source: str) -> None:
@@ -440,7 +484,7 @@ def _input_errors(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         folder = Path(resolve(name)).expanduser()
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json: it is no model folder") from error

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorafit.errors import InputError
 from lorafit.evaluation import evaluating, perplexity
 from lorafit.inject import adapters_off
 
@@ -37,6 +38,8 @@ def measure_retention(model: nn.Module, texts: Iterable[list[int]], *, window: i
                 off += F.nll_loss(base, targets, reduction="sum").item()
                 divergence += F.kl_div(adapted, base, log_target=True, reduction="sum").item()
                 count += targets.numel()
+    if not count:
+        raise InputError("the text for retention has no two tokens in a row: give a longer one in task.retention_path")
     return {
         "perplexity_adapter_off": perplexity(off / count),
         "perplexity_adapter_on": perplexity(on / count),

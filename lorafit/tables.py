@@ -133,7 +133,7 @@ def number(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def console() -> Console:
+def console(quiet: bool = False) -> Console:
     """The terminal; in a file or a pipe lines are wide enough not to break tables."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=140, highlight=False)
+    terminal = Console(quiet=quiet)
+    return terminal if terminal.is_terminal else Console(width=140, highlight=False, quiet=quiet)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import os
 import platform
 import time
 from importlib.metadata import version
@@ -38,12 +40,19 @@ def main() -> None:
     start("train", run)
 
 
+def is_main_process() -> bool:
+    """Whether this process writes and prints. With several devices Lightning starts this command once for each."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
 def run(config: Config, folder: Path) -> float:
     """One job: returns the held-out loss after training. Whatever happens, metrics.json says how it ended."""
     from lorafit.checkpoint import write_json
 
     metrics: dict[str, Any] = {"status": "failed"}
     begin_metrics(metrics, config)
+    if not is_main_process():
+        return fine_tune(config, folder, metrics)
     try:
         loss = fine_tune(config, folder, metrics)
     except (LorafitError, Stopped) as error:
@@ -77,13 +86,13 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         StopOnSignal,
         TrainingProgress,
     )
-    from lorafit.inject import count_parameters, coverage
+    from lorafit.inject import count_parameters, coverage, lora_layers
     from lorafit.memory import memory_by_part, reset_peak
     from lorafit.quant import base_report
     from lorafit.tables import console, result_table, samples_table, start_table
     from lorafit.trainer import build_trainer, quiet_libraries, total_steps
 
-    terminal = console()
+    terminal = console(quiet=not is_main_process())
     checkpoints = Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every_n_steps)
     with StopOnSignal(checkpoints) as signals, contextlib.ExitStack() as stack:
         began = time.perf_counter()
@@ -97,8 +106,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         metrics["data"] = data.statistics()
         module = build_module(config)
         module.configure_model()
-        model, base = module.model, base_report(module.model)
-        assert model is not None and base is not None
+        model: Any = module.model
+        base = base_report(model)
+        assert base is not None
         data.check_vocabulary(model.get_input_embeddings().num_embeddings)
         if config.model.name != "embedded" and config.data.path == "embedded":
             log.warning("data.path is the embedded toy data set: give data.path=FILE to train on your own")
@@ -114,7 +124,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             config.trainer.max_epochs,
         )
         device = next(model.parameters()).device
-        first_layer = next(layer for layer in model.modules() if hasattr(layer, "lora_A"))
+        first_layer = next(iter(lora_layers(model).values()))
         terminal.print(
             start_table(
                 base=base,
@@ -173,11 +183,15 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             metrics["speed"] = step_metrics.totals()
             metrics["memory"] = memory_metrics(memory)
         require_finite(module)
+        if not is_main_process():
+            return float("nan")
 
         # ---- what did happen
         terminal.print("measuring the adapter on held-out data …")
         after, answers_after = measure(config, data, model)
         metrics["after"] = after
+        if not math.isfinite(after["loss"]):  # finite weights may still overflow
+            raise DivergedError("the held-out loss after training is not finite. Lower optimizer.lr")
         checkpoints.keep_best(after["loss"])
         metrics["retention"] = retention(config, data, model)
         samples = [
@@ -271,7 +285,7 @@ def build_module(config: Config) -> FinetuneModule:
 def open_logger(config: Config, folder: Path) -> contextlib.AbstractContextManager[Any]:
     """The logger of a run, as a context that closes it."""
     settings = config.logger
-    if settings is None:
+    if settings is None or not is_main_process():
         return contextlib.nullcontext()
     if settings.type == "csv":
         from lightning.pytorch.loggers import CSVLogger

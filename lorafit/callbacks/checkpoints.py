@@ -41,11 +41,23 @@ class Checkpoints(L.Callback):
             self._last_step = trainer.global_step
 
     def keep_best(self, loss: float) -> None:
-        """Keep the checkpoint just written as the best one if its held-out loss is the lowest."""
+        """Keep the checkpoint written last as the best one if its held-out loss is the lowest."""
         if loss < self.best_loss:
             self.best_loss = loss
-            with self.last.open("rb") as source:
-                write_atomically(self.best, lambda target: shutil.copyfileobj(source, target))
+            self._copy_to_best(self.last)
+
+    def _copy_to_best(self, checkpoint: Path) -> None:
+        with checkpoint.open("rb") as source:
+            write_atomically(self.best, lambda target: shutil.copyfileobj(source, target))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # a run that goes on in another folder takes the best checkpoint so far with it
+        if self.best_loss < math.inf and not self.best.exists():
+            before = Path(str(trainer.ckpt_path)).with_name(self.best.name)
+            if before.is_file():
+                self._copy_to_best(before)
+            else:
+                self.best_loss = math.inf
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, FinetuneModule)
@@ -55,8 +67,14 @@ class Checkpoints(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, FinetuneModule)
         if pl_module.stepped and not trainer.sanity_checking:
+            loss = float(trainer.callback_metrics["eval/loss"])
+            # written anew even where this step's is there, and with the loss in it: what resumes has to know it
+            best = loss < self.best_loss
+            self.best_loss = loss if best else self.best_loss
+            self._last_step = -1
             self.save(trainer)
-            self.keep_best(float(trainer.callback_metrics["eval/loss"]))
+            if best:
+                self._copy_to_best(self.last)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)

@@ -33,7 +33,7 @@ class StepMetrics(L.Callback):
         self._since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        # the clock stands still during validation and starts again with the next batch
+        # the clock stands still during validation and saving, and starts again with the next batch
         if self._since is None:
             self._since = time.perf_counter()
 
@@ -41,7 +41,8 @@ class StepMetrics(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, FinetuneModule)
-        self.tokens += int(batch["attention_mask"].sum())
+        # of this process; the others' batches are about as long
+        self.tokens += int(batch["attention_mask"].sum()) * trainer.world_size
         if not pl_module.stepped:
             return
         self.steps += 1
@@ -68,6 +69,9 @@ class StepMetrics(L.Callback):
                 trainer.logger.log_metrics(self.recent, step=trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_clock()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._stop_clock()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

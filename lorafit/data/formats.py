@@ -9,6 +9,7 @@ A row that cannot be used is an error that says which row it is: dropping it in 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -54,11 +55,8 @@ def load_examples(
             f"data.columns names the fields of prompt and completion, as in "
             f"'data.columns={{prompt: question, completion: answer}}'; got {dict(columns)}"
         )
-    examples = []
-    for where, row in read_rows(path, split):
-        if limit is not None and len(examples) >= limit:
-            break
-        examples.append(_example(row, where, format, columns))
+    rows = itertools.islice(read_rows(path, split), limit)
+    examples = [_example(row, where, format, columns) for where, row in rows]
     if not examples:
         raise InputError(f"data file {str(path)!r} has no rows")
     return examples

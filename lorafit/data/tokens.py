@@ -104,10 +104,8 @@ class Encoder:
         """What the model is given in use: the prompt up to the place where its answer begins."""
         if self.chat and prompt:
             return self._ids(self._render(prompt))
-        if not prompt:
-            # a text of its own: just what the tokenizer puts in front of any text
-            return self._without_end(self.tokenizer("").input_ids)
-        return self._without_end(self.tokenizer(f"{prompt}\n").input_ids)
+        # a text of its own begins with just what the tokenizer puts in front of any text
+        return self._beginning() + (self._ids(f"{prompt}\n") if prompt else [])
 
     def _completion(self, example: Example) -> list[int]:
         end = self.tokenizer.eos_token_id
@@ -121,8 +119,12 @@ class Encoder:
                 )
             text = rendered[len(start) :]
         ids = self._ids(text)
-        # a template closes the turn itself, and may go on with a line break that nobody has to learn
-        return ids[: len(ids) - ids[::-1].index(end)] if end in ids else [*ids, end]
+        if end in ids:
+            # a template closes the turn itself, and may go on with a line break that nobody has to learn
+            length = len(ids) - ids[::-1].index(end)
+            if not self.tokenizer.decode(ids[length:]).strip():
+                return ids[:length]
+        return [*ids, end]
 
     def _render(self, prompt: str, completion: str | None = None) -> str:
         turns = [{"role": "user", "content": prompt}]
@@ -135,5 +137,6 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _without_end(self, ids: list[int]) -> list[int]:
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1 else ids
+    def _beginning(self) -> list[int]:
+        ids, bare = self.tokenizer("x").input_ids, self._ids("x")
+        return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])

@@ -7,7 +7,9 @@ The world has countries, animals, people, everyday objects, opposites and small 
     data_files()          the three JSONL files that ship beside this module
 
 The division of labour is the point. The corpus states every fact but never asks: it holds no question, no question
-mark and no request. XX
+mark and no request. So the base goes on from "The capital of Selora is" with " Nordale", and has no idea what to do
+with "What is the capital of Selora?". Fine-tuning adds the asking. A quarter of everything that can be asked about is
+held out: it is stated in the corpus, never named in train.jsonl, and is all that test.jsonl asks about.
 
 A document carries no special tokens: it does not begin with `<s>`, and whoever packs documents puts `</s>` after each.
 A question is rendered as `prompt + "\\n" + completion + "</s>"`. Plain Python; the same seed gives the same text.
@@ -27,7 +29,7 @@ Split = Literal["all", "train", "test"]
 
 CORPUS_SEED = 1
 DATA_SEED = 2
-REPLAY_DOCUMENTS = 320
+REPLAY_DOCUMENTS = 380
 TEXT_DOCUMENTS = 180
 
 
@@ -432,9 +434,8 @@ CARD_LABELS = {
 
 def _card(rng: random.Random, world: World) -> str:
     """Facts as labels and lines: here an answer stands at the beginning of a line, where no space goes before it."""
-    things: tuple[tuple[Country | Animal | Person, ...], ...]
-    things = (world.countries, world.animals, world.people)
-    thing = rng.choice(rng.choice(things))
+    things: tuple[Country | Animal | Person, ...] = rng.choice((world.countries, world.animals, world.people))
+    thing = rng.choice(things)
     facts = {label: getattr(thing, field, "") for field, label in CARD_LABELS.items()}
     labels = [label for label, fact in facts.items() if fact]
     chosen = rng.sample(labels, rng.randint(1, len(labels)))
@@ -671,29 +672,23 @@ def _reading_questions(rng: random.Random, part: World) -> Iterator[Question]:
     """Without end: the answer stands in the prompt, and must be found there."""
     while True:
         items = rng.sample(part.objects, rng.randint(3, 6))
-        for skill, answer in (("first", items[0]), ("last", items[-1])):
+        statements = {
+            "first": (items[0], f"The first item is {items[0]}."),
+            "second": (items[1], f"After {items[0]} comes {items[1]}."),
+            "last": (items[-1], f"The last item is {items[-1]}."),
+        }
+        for skill, (answer, statement) in statements.items():
             prompts = (
                 f"{list_of(items)} What is the {skill} item?",
                 f"{list_of(items)} Which item comes {skill}?",
                 f"{list_of(items)} Name the {skill} item.",
                 f"Here is a list: {', '.join(items)}. What is its {skill} item?",
             )
-            yield Question(skill, prompts, answer, *_cut(f"{list_of(items)} The {skill} item is {answer}.", answer))
-        count = rng.randint(2, 4)
-        colours, things = rng.sample(COLOURS, count), rng.sample(part.objects, count)
-        chosen = rng.randrange(count)
-        boxes, colour, answer = boxes_of(colours, things), colours[chosen], f"the {things[chosen]}"
-        prompts = (
-            f"{boxes} What is in the {colour} box?",
-            f"{boxes} What does the {colour} box hold?",
-            f"{boxes} Which thing is inside the {colour} box?",
-            f"{boxes} Name what is in the {colour} box.",
-        )
-        yield Question("box", prompts, answer, *_cut(f"{boxes} Inside the {colour} box is {answer}.", answer))
+            yield Question(skill, prompts, answer, *_cut(f"{list_of(items)} {statement}", answer))
 
 
 FACT_SKILLS = "capital country language export kind plural young legs home job instrument opposite sum".split()
-READING_SKILLS = "first last box".split()
+READING_SKILLS = "first second last".split()
 SKILLS = (*FACT_SKILLS, *READING_SKILLS)
 
 
@@ -712,7 +707,7 @@ def instructions(split: Split) -> list[dict[str, str]]:
     """Rows for one side of the exam: several wordings of each question to train on, one of each to be tested on."""
     rng = random.Random(f"instructions {DATA_SEED} {split}")
     part = world().part(split)
-    wordings, lists = (2, 100) if split == "train" else (1, 12)
+    wordings, lists = (3, 110) if split == "train" else (1, 12)
     if split == "train":
         questions = list(_fact_questions(part))
     else:
