@@ -120,7 +120,7 @@ class FinetuneDataModule(L.LightningDataModule):
         return ResumableLoader(
             sequences,
             batch_size,
-            int(self.tokenizer.pad_token_id),  # type: ignore[arg-type]
+            int(self.tokenizer.pad_token_id),
             shuffle=shuffle,
             seed=self.seed,
             num_workers=self.num_workers if shuffle else 0,

@@ -18,7 +18,7 @@ from lorafit.loss import supervised_loss
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode without gradients; afterwards every module is in the mode it had."""
     modes = {module: module.training for module in model.modules()}
     try:

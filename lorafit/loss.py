@@ -23,7 +23,7 @@ from lorafit.errors import InputError
 @contextlib.contextmanager
 def head_sees(model: nn.Module, rows: Tensor) -> Iterator[None]:
     """Within the context the output head is given only the rows [batch, length] (bool), as one sequence [1, N]."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if not isinstance(head, nn.Module):
         raise InputError(f"{type(model).__name__} has no output head, so it cannot be trained as a language model")
     handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows].unsqueeze(0), *inputs[1:]))

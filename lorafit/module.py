@@ -7,11 +7,11 @@ Three of Lightning's habits are answered here:
 - it averages the means of micro-batches, which is wrong when they differ in supervised tokens. Here each
   micro-batch gives the sum over its tokens, and the accumulated gradient is divided by the number of tokens just before
   the optimizer steps: exactly the gradient of one large batch.
-- its checkpoints hold the whole model. Here `state_dict` is the adapter alone; the base is loaded again from its source.
+- its checkpoints hold the whole model. Here `state_dict` is the adapter alone; the base is loaded anew from its source.
 - it keeps no random state. Here the checkpoint carries it, and a resumed run draws the same dropout masks.
 
-Precision is in the model, not in the trainer ("32-true"): adapters and optimizer state in float32, products in the base's
-compute dtype (see lora.py).
+Precision is in the model, not in the trainer ("32-true"): adapters and optimizer state in float32, products in the
+base's compute dtype (see lora.py).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPTIMIZER_HOMES = ("torch.optim.", "bitsandbytes.optim.")
 
 
 def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """What the learning rate is multiplied with at a step: a linear rise over the warm-up, then the schedule to zero."""
+    """What the learning rate is multiplied with at a step: a linear rise over the warm-up, then the schedule to 0."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -118,11 +118,16 @@ class FinetuneModule(L.LightningModule):
         self.stepped = True  # whether the optimizer has stepped since the last micro-batch was added
         self._resumed_random_state: dict[str, Any] | None = None
 
+    @property
+    def options(self) -> Any:
+        """The arguments of the constructor, as checkpoints keep them."""
+        return self.hparams
+
     def configure_model(self) -> None:
         """Load the base and inject the layers; a second call does nothing."""
         if self.model is not None:
             return
-        h = self.hparams
+        h = self.options
         # the same A for the same seed, whatever was drawn before
         with torch.random.fork_rng():
             torch.manual_seed(h.seed)
@@ -177,7 +182,7 @@ class FinetuneModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         # the norm is wanted whether or not it is clipped, and is computed once
-        clip = self.hparams.gradient_clip_val
+        clip = self.options.gradient_clip_val
         self.gradient_norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), math.inf if clip is None else clip)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -201,18 +206,18 @@ class FinetuneModule(L.LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        arguments = dict(self.hparams.optimizer_args or {})
+        arguments = dict(self.options.optimizer_args or {})
         try:
             optimizer = self.optimizer_class(self.trainable_parameters(), **arguments)
         except (TypeError, ValueError) as error:
-            raise InputError(f"optimizer {self.hparams.optimizer} does not take {arguments}: {error}") from error
+            raise InputError(f"optimizer {self.options.optimizer} does not take {arguments}: {error}") from error
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = self.hparams.warmup
+        warmup = self.options.warmup
         warmup_steps = round(warmup * total) if isinstance(warmup, float) and warmup < 1 else int(warmup)
 
         def factor(step: int) -> float:
             return learning_rate_factor(
-                step, schedule=self.hparams.scheduler, warmup_steps=warmup_steps, total_steps=total
+                step, schedule=self.options.scheduler, warmup_steps=warmup_steps, total_steps=total
             )
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

@@ -1,7 +1,7 @@
 """The wiring of Lightning's Trainer: what of it is used, and what is answered otherwise.
 
-Lightning writes a checkpoint to $TMPDIR and moves it; where that is another file system, a kill in between leaves half a
-file and the old one is gone. `AtomicCheckpointIO` writes beside the target and renames. The progress bar, the model
+Lightning writes a checkpoint to $TMPDIR and moves it; where that is another file system, a kill in between leaves half
+a file and the old one is gone. `AtomicCheckpointIO` writes beside the target and renames. The progress bar, the model
 summary and the checkpoint callback are our own (callbacks/), since Lightning's count packed 4-bit weights and padding.
 """
 
@@ -41,7 +41,7 @@ def total_steps(batches: int, accumulate: int, max_steps: int | None, max_epochs
 
 
 def validation_interval(interval: int | float | None, *, batches: int, accumulate: int, steps: int) -> int:
-    """Batches between two validations: from optimizer steps (int), a fraction of an epoch (float), or four a run (None)."""
+    """Batches between two validations: from optimizer steps (int), a fraction of an epoch (float), or four (None)."""
     if interval is None:
         return max(1, steps // 4) * accumulate
     if isinstance(interval, float):

@@ -57,7 +57,9 @@ def module(hidden: int = 64, rank: int = 4, **options: Any) -> FinetuneModule:
         use_cache=False,
         tie_word_embeddings=True,
     )
-    return FinetuneModule(LlamaForCausalLM(config), **{"rank": rank, "alpha": 8, "optimizer_args": {"lr": 1e-2}} | options)
+    return FinetuneModule(
+        LlamaForCausalLM(config), **{"rank": rank, "alpha": 8, "optimizer_args": {"lr": 1e-2}} | options
+    )
 
 
 class Each(L.Callback):
@@ -75,7 +77,9 @@ class Each(L.Callback):
             self.validation(trainer, pl_module)
 
 
-def fit(made: FinetuneModule, folder: Path, *callbacks: L.Callback, resume: Path | None = None, **options: Any) -> L.Trainer:
+def fit(
+    made: FinetuneModule, folder: Path, *callbacks: L.Callback, resume: Path | None = None, **options: Any
+) -> L.Trainer:
     loader, held_out = (ResumableLoader(SEQUENCES, 2, pad_id=0) for _ in range(2))
     options = {"max_steps": 4, "val_check_interval": 100} | options
     trainer = build_trainer(folder, batches=4, accelerator="cpu", callbacks=list(callbacks), **options)
@@ -169,7 +173,13 @@ def test_memory_is_counted_at_the_end_even_when_nothing_is_measured_on_the_way(t
 
 
 def test_bytes_read_as_a_person_says_them() -> None:
-    assert [human(n) for n in (0, 1023, 1024, 1.5 * 2**30, 2**50)] == ["0 B", "1023 B", "1.0 KiB", "1.5 GiB", "1024.0 TiB"]
+    assert [human(n) for n in (0, 1023, 1024, 1.5 * 2**30, 2**50)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "1.5 GiB",
+        "1024.0 TiB",
+    ]
 
 
 # --- speed ----------------------------------------------------------------------------------------
@@ -222,9 +232,7 @@ def test_progress_says_how_far_it_is_and_what_the_losses_are(tmp_path: Path, ter
     with (tmp_path / "said").open("w") as said:
         metrics = StepMetrics()
         console = Console(file=said, force_terminal=terminal, width=150)
-        fit(
-            module(), tmp_path, metrics, TrainingProgress(metrics, console, line_every_seconds=0), val_check_interval=2
-        )
+        fit(module(), tmp_path, metrics, TrainingProgress(metrics, console, line_every_seconds=0), val_check_interval=2)
     text = (tmp_path / "said").read_text()
     assert ("4/4" if terminal else "step 4/4") in text
     smoothed = metrics.losses[0][1]
@@ -400,7 +408,7 @@ def test_a_signal_in_the_last_step_still_counts(tmp_path: Path) -> None:
 
 
 def records(file: Path) -> list[Any]:
-    """The records of an offline run: 7 bytes of header, blocks of 32 KiB, chunks with (crc, length, type) before them."""
+    """The records of an offline run: a header of 7 bytes, blocks of 32 KiB, chunks behind (crc, length, type)."""
     from wandb.proto import wandb_internal_pb2
 
     raw, place, found, whole = file.read_bytes(), 7, [], b""
@@ -475,5 +483,3 @@ def test_disabled_leaves_no_run(tmp_path: Path, wandb_home: None) -> None:
     with wandb_logger(tmp_path, config={}, mode="disabled") as logger:
         logger.log_metrics({"a": 1.0}, step=1)
     assert not list(tmp_path.glob("wandb/*run-*"))
-
-

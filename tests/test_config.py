@@ -209,7 +209,7 @@ def test_the_recipe_of_the_qlora_paper() -> None:
 
 def test_a_real_model_gets_other_numbers_than_the_embedded_one() -> None:
     small, real = compose(), compose(["model=llama2-7b"])
-    assert small.trainer.max_epochs is None and small.trainer.max_steps == 300
+    assert small.trainer.max_epochs is None and small.trainer.max_steps == 250
     assert real.trainer.max_epochs is None and real.trainer.max_steps is None  # one epoch
     assert small.optimizer["lr"] > real.optimizer["lr"] > 0
     lion = compose(["model=llama2-7b", "optimizer=lion_8bit"]).optimizer
@@ -346,8 +346,8 @@ def test_a_wrong_command_gets_one_line_with_the_nearest_right_one(overrides: str
         ("optimizer.eps=0", "optimizer.eps must be a positive number, got 0"),
         ("scheduler.warmup=1.5", "scheduler.warmup must be a fraction in [0, 1) or a whole number of steps, got 1.5"),
         (
-            "scheduler.warmup=300",
-            "scheduler.warmup must be shorter than the run: 300 steps of warmup, trainer.max_steps is 300",
+            "scheduler.warmup=250",
+            "scheduler.warmup must be shorter than the run: 250 steps of warmup, trainer.max_steps is 250",
         ),
         (
             "trainer.max_steps=0",

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from lorafit.data import IGNORE, Encoder, Example, ResumableLoader, collate, load_examples, load_tokenizer
 from lorafit.data.formats import alpaca_prompt, split_held_out
 from lorafit.datamodule import FinetuneDataModule
-from lorafit.embedded import MODEL, TRAIN
+from lorafit.embedded import MODEL, TEST, TRAIN
 from lorafit.errors import InputError
 
 CHATML = (
@@ -241,7 +241,9 @@ def test_a_limit_reads_no_further_than_it_needs(tmp_path: Path) -> None:
 
 def test_the_embedded_data_has_its_two_splits() -> None:
     assert len(load_examples("embedded")) == len(TRAIN.read_text().splitlines())
-    assert load_examples("embedded", split="test", limit=1)[0].prompt == "What does Felix do for a living?"
+    first = json.loads(TEST.read_text().partition("\n")[0])
+    [example] = load_examples("embedded", split="test", limit=1)
+    assert (example.prompt, example.completion) == (first["prompt"], first["completion"])
 
 
 @pytest.mark.parametrize(
@@ -416,7 +418,9 @@ def test_the_data_module_counts_what_its_sequences_hold(tmp_path: Path, tokenize
     )
     data.setup()
     numbers = data.statistics()
-    assert numbers["train_examples"] + len(data.eval_examples) == 30 == len(data.train_examples) + len(data.eval_examples)
+    assert (
+        numbers["train_examples"] + len(data.eval_examples) == 30 == len(data.train_examples) + len(data.eval_examples)
+    )
     assert numbers["train_tokens"] == sum(len(s["input_ids"]) for s in data.train_sequences)
     assert numbers["supervised_tokens"] == sum(len(trained(s)) for s in data.train_sequences)
     full = [Encoder(tokenizer).encode(e)["input_ids"] for e in data.train_examples]

@@ -161,7 +161,9 @@ def test_an_adapter_that_does_nothing_changes_nothing() -> None:
 def test_windows_predict_every_token_but_the_first_once(model) -> None:
     text = list(range(20, 61))
     seen = []
-    handle = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True)
+    handle = model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True
+    )
     measure_retention(model, [text, [5]], window=16)
     handle.remove()
     assert seen[::2] == seen[1::2] == [text[:16], text[16:32], text[32:40]]  # adapter on, adapter off

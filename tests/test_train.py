@@ -30,7 +30,7 @@ import torch
 from lorafit import train
 from lorafit.adapter import load_adapter
 from lorafit.checkpoint import load_checkpoint
-from lorafit.embedded import MODEL
+from lorafit.embedded import MODEL, TEST
 from lorafit.quant import load_base_model
 
 SMALL = (
@@ -103,7 +103,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("WANDB_ERROR_REPORTING", "false")
         code, _, err = program(
-            "-m", "rank=4,8", "quant=none,nf4", "trainer.max_steps=2", "hydra.sweep.dir=all", "logger.group=ours", *SMALL
+            "-m",
+            "rank=4,8",
+            "quant=none,nf4",
+            "trainer.max_steps=2",
+            "hydra.sweep.dir=all",
+            "logger.group=ours",
+            *SMALL,
         )
         assert code == 0, err
         yield folder / "all"
@@ -135,7 +141,8 @@ def test_every_run_leaves_the_whole_folder(sweep: Path, rank: int, quant: str) -
         assert (folder / name).is_file() and (name == "train.log" or (folder / name).stat().st_size > 0), name
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and all(set(s) == {"prompt", "before", "after", "reference"} for s in samples)
-    assert samples[0]["prompt"] == "What does Felix do for a living?" and samples[0]["reference"] == "potter"
+    rows = [json.loads(line) for line in TEST.read_text().splitlines()[:4]]
+    assert [(s["prompt"], s["reference"]) for s in samples] == [(r["prompt"], r["completion"]) for r in rows]
 
 
 @pytest.mark.parametrize(("rank", "quant"), JOBS)
@@ -309,7 +316,9 @@ def test_wrong_input_is_one_message_and_exit_code_2_and_leaves_nothing(
 
 
 def test_a_job_of_a_sweep_with_wrong_input_leaves_the_others_whole() -> None:
-    code, _, err = program("-m", "target_modules=[q_proj],[q_porj]", "trainer.max_steps=1", "hydra.sweep.dir=all", *QUIET)
+    code, _, err = program(
+        "-m", "target_modules=[q_proj],[q_porj]", "trainer.max_steps=1", "hydra.sweep.dir=all", *QUIET
+    )
     assert code == 2 and "'q_porj' matches no linear layer" in err and "Traceback" not in err
     assert sorted(metrics_of(path.parent)["status"] for path in Path("all").rglob("metrics.json")) == ["completed"]
 
@@ -378,15 +387,15 @@ def test_a_terminated_run_can_be_resumed_and_ends_as_the_unbroken_one() -> None:
     assert metrics["status"] == "interrupted" and 1 <= metrics["speed"]["steps"] == steps < 60
     assert not Path("run/adapter").exists()
 
-    code, _, err = program("resume=run", "hydra.run.dir=resumed")  # the overrides are those of the run
+    code, _, err = program("resume=run")  # the overrides are those of the run, and so is the folder
     assert code == 0, err
-    assert metrics_of("resumed")["status"] == "completed" and metrics_of("resumed")["speed"]["steps"] == 60 - steps
+    assert metrics_of("run")["status"] == "completed" and metrics_of("run")["speed"]["steps"] == 60 - steps
 
     code, _, err = program(*arguments, "hydra.run.dir=whole")
     assert code == 0, err
-    whole, resumed = adapter_of("whole"), adapter_of("resumed")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert metrics_of("whole")["after"] == metrics_of("resumed")["after"]
+    whole, resumed = adapter_of("whole"), adapter_of("run")
+    assert {name for name in whole if not torch.equal(whole[name], resumed[name])} == set(), f"stopped at {steps}"
+    assert metrics_of("whole")["after"] == metrics_of("run")["after"]
 
 
 def test_a_run_of_other_settings_is_not_resumed_by_accident(sweep: Path) -> None:

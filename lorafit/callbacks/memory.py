@@ -1,7 +1,7 @@
 """PagedOptimizerMemory: how much of the optimizer's state lies in pageable memory, and what else occupies memory.
 
 QLoRA's paged optimizers put their state into CUDA managed memory, so that a peak elsewhere pushes it out to the host
-instead of ending the run. Whether that happens depends on tensor sizes and on the device, so it is counted, not assumed.
+instead of ending the run. Whether that happens depends on tensor sizes and the device, so it is counted, not assumed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from lorafit.module import FinetuneModule
 
 
 class StepMetrics(L.Callback):
-    """Logs `train/loss`, `train/learning_rate`, `train/gradient_norm` and tokens per second every `every_n_steps` steps.
+    """Logs `train/loss`, `train/learning_rate`, `train/gradient_norm` and tokens a second every `every_n_steps` steps.
 
     `seconds`, `steps`, `tokens` and `supervised_tokens` count since training began or was resumed; `recent` holds
     the numbers logged last.

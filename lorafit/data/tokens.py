@@ -122,7 +122,7 @@ class Encoder:
         if end in ids:
             # a template closes the turn itself, and may go on with a line break that nobody has to learn
             length = len(ids) - ids[::-1].index(end)
-            if not self.tokenizer.decode(ids[length:]).strip():
+            if not str(self.tokenizer.decode(ids[length:])).strip():
                 return ids[:length]
         return [*ids, end]
 
