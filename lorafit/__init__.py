@@ -4,8 +4,8 @@
     lorafit.inject_lora(model, rank=16, alpha=32)
     lorafit.mark_only_lora_as_trainable(model)
 
-The names below are the public surface. Each is imported when it is first used, so that `import lorafit`, a typing error on
-the command line and `--help` cost no second of waiting for torch.
+The names below are the public surface. Each is imported when it is first used, so that `import lorafit`, a typing
+error on the command line and `--help` do not wait for torch.
 """
 
 from __future__ import annotations

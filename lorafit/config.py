@@ -605,7 +605,7 @@ def _explain_override(override: Override, groups: dict[str, list[str]], error: s
     if override.is_add() and ("append" in error or "Multiple values" in error):
         return f"{key!r} is there already: write {text.lstrip('+')!r}, without the +"
     group = key.partition(".")[0]
-    if key in keys and key != group and "NoneType" in error:
+    if key in keys and group in ("quant", "logger") and key != group and "NoneType" in error:
         usual = {"quant": "nf4", "logger": "wandb"}.get(group, "NAME")
         others = ", ".join(name for name in groups.get(group, []) if name not in ("none", usual))
         return f"{key} cannot be set, {group} is none: choose {group}={usual} (or {others}) as well"

@@ -110,13 +110,21 @@ class FinetuneDataModule(L.LightningDataModule):
         return digest.hexdigest()
 
     def train_dataloader(self) -> ResumableLoader:
+        """This process's share of the training batches, in a new order each epoch."""
         return self._loader(self.train_sequences, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> ResumableLoader:
+        """This process's share of the held-out batches."""
         return self._loader(self.eval_sequences, self.eval_batch_size, shuffle=False)
 
-    def _loader(self, sequences: list[Sequence], batch_size: int, *, shuffle: bool) -> ResumableLoader:
-        trainer = self.trainer
+    def eval_batches(self) -> ResumableLoader:
+        """All held-out batches, whatever the number of processes."""
+        return self._loader(self.eval_sequences, self.eval_batch_size, shuffle=False, shared=False)
+
+    def _loader(
+        self, sequences: list[Sequence], batch_size: int, *, shuffle: bool, shared: bool = True
+    ) -> ResumableLoader:
+        trainer = self.trainer if shared else None
         return ResumableLoader(
             sequences,
             batch_size,

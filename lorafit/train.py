@@ -89,6 +89,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
     from lorafit.inject import count_parameters, coverage, lora_layers
     from lorafit.memory import memory_by_part, reset_peak
     from lorafit.quant import base_report
+    from lorafit.retention import measure_retention
     from lorafit.tables import console, result_table, samples_table, start_table
     from lorafit.trainer import build_trainer, quiet_libraries, total_steps
 
@@ -110,13 +111,15 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         base = base_report(model)
         assert base is not None
         data.check_vocabulary(model.get_input_embeddings().num_embeddings)
+        other_text = retention_text(config, data)
         if config.model.name != "embedded" and config.data.path == "embedded":
             log.warning("data.path is the embedded toy data set: give data.path=FILE to train on your own")
         trainable, total = count_parameters(model)
         describe_model(metrics, config, module, trainable, total)
 
         # ---- what will happen
-        steps_per_epoch = len(data.train_dataloader())
+        devices = config.trainer.devices if isinstance(config.trainer.devices, int) else torch.cuda.device_count()
+        steps_per_epoch = max(1, len(data.train_dataloader()) // max(1, devices))
         steps = total_steps(
             steps_per_epoch,
             config.trainer.accumulate_grad_batches,
@@ -193,7 +196,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         if not math.isfinite(after["loss"]):  # finite weights may still overflow
             raise DivergedError("the held-out loss after training is not finite. Lower optimizer.lr")
         checkpoints.keep_best(after["loss"])
-        metrics["retention"] = retention(config, data, model)
+        metrics["retention"] = measure_retention(model, other_text)
         samples = [
             {"prompt": example.prompt, "before": old, "after": new, "reference": example.completion}
             for example, old, new in zip(data.eval_examples, answers_before, answers_after, strict=False)
@@ -315,7 +318,7 @@ def measure(config: Config, data: FinetuneDataModule, model: Any) -> tuple[dict[
     """
     from lorafit.evaluation import evaluate_loss, exact_match, generate
 
-    numbers = evaluate_loss(model, data.val_dataloader())
+    numbers = evaluate_loss(model, data.eval_batches())
     count = max(config.task.generate_examples, config.task.samples)
     examples = data.eval_examples[:count]
     tokenizer: Any = data.tokenizer
@@ -335,18 +338,20 @@ def measure(config: Config, data: FinetuneDataModule, model: Any) -> tuple[dict[
     return result, texts
 
 
-def retention(config: Config, data: FinetuneDataModule, model: Any) -> dict[str, float]:
-    """Perplexity with the adapter off and on, and KL, on text that has nothing to do with the task."""
+def retention_text(config: Config, data: FinetuneDataModule) -> list[list[int]]:
+    """Token ids of text that has nothing to do with the task: the user's, or the embedded model's own, or general."""
     from lorafit import embedded
     from lorafit.data.general import TEXTS
-    from lorafit.retention import measure_retention
 
     path = config.task.retention_path
     if path is None and config.model.name == "embedded":
         path = str(embedded.TEXT)
-    tokenizer: Any = data.tokenizer
     texts = list(TEXTS) if path is None else read_texts(Path(path))
-    return measure_retention(model, [tokenizer(text).input_ids for text in texts])
+    tokenizer: Any = data.tokenizer
+    tokens = [tokenizer(text).input_ids for text in texts]
+    if all(len(ids) < 2 for ids in tokens):
+        raise InputError(f"task.retention_path: {path!r} holds no text of two tokens or more to measure retention on")
+    return tokens
 
 
 def read_texts(path: Path) -> list[str]:

@@ -1,11 +1,11 @@
 """lorafit against a plain peft loop, step by step in one process, on the same weights, batches and settings.
 
-    python scripts/compare_peft.py --model FOLDER --data train.jsonl --columns question answer --steps 60 --out compare.json
+    python scripts/compare_peft.py --model FOLDER --data train.jsonl --columns question answer --out compare.json
 
-Both sides hold the base in NF4 with double quantization and bf16 products, LoRA of the same rank on all linear layers but the
-head, with the same A to begin with, AdamW and the same schedule. The peft side is what its documentation shows: the model's
-own loss over all logits, adapters in float32. The steps alternate (peft, lorafit, peft, …), so that a slow moment of the
-machine hits both. Reported are the medians, their ratio, and the held-out loss before and after. Needs `peft`.
+Both sides hold the base in NF4 with double quantization and bf16 products, LoRA of the same rank on all linear layers
+but the head, with the same A to begin with, AdamW and the same schedule. The peft side is what its documentation shows:
+the model's own loss over all logits, adapters in float32. The steps alternate (peft, lorafit, peft, …), so that a slow
+moment of the machine hits both. Reported are the medians, their ratio, and the held-out loss before and after.
 """
 
 from __future__ import annotations

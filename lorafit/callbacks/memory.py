@@ -32,7 +32,7 @@ class PagedOptimizerMemory(L.Callback):
         self.peak = 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        # gradients stand only here: they are freed with zero_grad
+        # the first step's are those of all steps; later they may be freed when this looks
         if not self.gradient_bytes:
             assert isinstance(pl_module, FinetuneModule)
             self.gradient_bytes = memory_by_part(pl_module)["gradient"]

@@ -39,7 +39,8 @@ class ResumableLoader:
     """Iterates over batches; `state_dict()` says where it stands, and `load_state_dict()` puts it there.
 
     With shuffle the order is drawn anew each epoch from (seed, epoch). `replica` of `replicas` gives each
-    of several processes its own share of the batches, the same number to each.
+    of several processes its own share of the batches, the same number to each; the few left over wait for
+    another epoch.
     """
 
     def __init__(
