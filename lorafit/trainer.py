@@ -101,5 +101,6 @@ def quiet_libraries() -> None:
         ".*Trainer.fit.* stopped.*",
         ".*isn't supported on CPU.*",
         ".*found .* module.* in eval mode.*",
+        ".*sync_dist=True.*",  # the sum over processes is taken before it is logged
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the share each skill must reach, or nothing is written",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; with 1 the same bytes come out again")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write into (default: the package)")
     args = parser.parse_args(arguments)
 
