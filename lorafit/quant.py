@@ -307,6 +307,8 @@ def quantize_model(model: nn.Module, quant: Quantization, device: torch.device, 
             report.left[name] = "shares its weight with an embedding"
         elif is_quantized(linear):
             report.quantized.append(name)
+        elif not multiplies_only(linear):
+            report.left[name] = f"{type(linear).__name__} computes more than x Wᵀ + b"
         else:
             if id(linear) not in done:
                 quantized = _quantize_linear(linear, quant, device)
@@ -320,6 +322,20 @@ def quantize_model(model: nn.Module, quant: Quantization, device: torch.device, 
         owner = model.get_submodule(name.rpartition(".")[0])
         if parameter.dim() == 3 and not isinstance(owner, nn.Conv1d):
             report.left[name] = "a stack of expert weights, no linear layer"
+
+
+def multiplies_only(linear: Any) -> bool:
+    """Whether a linear layer computes x Wᵀ + b and nothing else, so that a quantized layer can stand in for it.
+
+    A subclass may have a forward of its own. Falcon's multiplies as well; others do more, and are tried out.
+    """
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    in_features, _ = features(linear)
+    x = torch.linspace(-1, 1, 2 * in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+    x = x.reshape(2, in_features)
+    with torch.no_grad():
+        return torch.allclose(linear(x), nn.functional.linear(x, linear.weight, linear.bias), rtol=1e-2, atol=1e-3)
 
 
 def _quantize_linear(linear: Any, quant: Quantization, device: torch.device) -> nn.Module | None:

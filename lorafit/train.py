@@ -65,7 +65,7 @@ def run(config: Config, folder: Path) -> float:
             metrics |= {"status": exhausted.status, "error": str(exhausted)}
             write_json(folder / "metrics.json", in_order(metrics))
             raise exhausted from error
-        metrics["error"] = f"{type(error).__name__}: {error}"
+        metrics |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         write_json(folder / "metrics.json", in_order(metrics))
         raise
     write_json(folder / "metrics.json", in_order(metrics))
@@ -202,7 +202,6 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             for example, old, new in zip(data.eval_examples, answers_before, answers_after, strict=False)
         ]
         write_samples(folder / "samples.jsonl", samples)
-        metrics["status"] = "completed"
         metrics["speed"]["total_seconds"] = round(time.perf_counter() - began, 3)
         save_adapter(
             model,
@@ -214,6 +213,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
                 "versions": metrics["versions"],
             },
         )
+        metrics["status"] = "completed"  # only now: without its adapter a run is not
         log_results(logger, metrics, samples, trainer.global_step)
         terminal.print(result_table(metrics))
         if samples and config.task.samples:
@@ -258,9 +258,12 @@ def build_data(config: Config) -> FinetuneDataModule:
 
 def build_module(config: Config) -> FinetuneModule:
     """The module that a configuration asks for; nothing is loaded yet."""
+    import torch
+
     from lorafit.module import FinetuneModule
 
     optimizer = dict(config.optimizer)
+    on_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return FinetuneModule(
         config.model.name,
         rank=config.rank,
@@ -270,7 +273,8 @@ def build_module(config: Config) -> FinetuneModule:
         variant=config.variant,
         quant=to_dict(config)["quant"],
         dtype=config.model.dtype,
-        device="cpu" if config.trainer.accelerator == "cpu" else None,
+        # each process loads onto its own device
+        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_cuda else "cpu",
         init=config.model.init,
         attention=config.model.attention,
         checkpointing=config.model.checkpointing,

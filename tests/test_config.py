@@ -25,6 +25,8 @@ from omegaconf import OmegaConf
 from lorafit import __main__ as door, config as lorafit_config
 from lorafit.config import CONF, Config, _Jobs, check, compose, config_sha256, start, to_dict
 from lorafit.errors import DivergedError, InputError, Stopped
+from lorafit.explain import config_groups, schema_keys
+from lorafit.schema import Quant
 
 YAMLS = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [path for path in YAMLS if path.parent != CONF]
@@ -79,7 +81,7 @@ def composed(*groups: str) -> Config:
 def changed(overrides: str) -> Config:
     """What `compose` would give before its check; one composition serves many wrong values."""
     parts = overrides.split()
-    groups = [part for part in parts if part.partition("=")[0] in lorafit_config._groups()]
+    groups = [part for part in parts if part.partition("=")[0] in config_groups()]
     config = copy.deepcopy(composed(*groups))
     for part in parts:
         key, _, value = part.partition("=")
@@ -131,7 +133,7 @@ def test_every_key_of_every_option_is_explained(path: Path) -> None:
 
 def test_the_files_give_exactly_the_keys_of_the_schema() -> None:
     given = OmegaConf.to_container(OmegaConf.create(to_dict(compose(["quant=nf4"]))))
-    schema = set(lorafit_config._keys(Config))
+    schema = set(schema_keys(Config))
     flat = set()
     for key, value in given.items():
         flat.add(key)
@@ -175,7 +177,7 @@ def test_the_default_is_sixteen_bit_and_all_linear_layers() -> None:
 
 def test_nf4_is_double_quantized_with_bfloat16_compute() -> None:
     quant = compose(["rank=16", "quant=nf4"]).quant
-    assert quant == lorafit_config.Quant("nf4", True, 64, "bfloat16")
+    assert quant == Quant("nf4", True, 64, "bfloat16")
 
 
 def test_nf4_alone() -> None:
@@ -482,7 +484,7 @@ def test_a_sweep_over_quant_takes_keys_of_quant(program: Program) -> None:
     seen = []
     code, _, err = program(lambda c, f: seen.append((f.name, c.quant)), "-m", "quant=fp4", "quant.block_size=128")
     assert (code, err) == (0, "")
-    assert seen == [("quant=fp4,quant.block_size=128", lorafit_config.Quant("fp4", True, 128, "bfloat16"))]
+    assert seen == [("quant=fp4,quant.block_size=128", Quant("fp4", True, 128, "bfloat16"))]
     code, _, err = program(lambda c, f: None, "-m", "quant=fp4,none", "quant.block_size=128")
     assert code == 2 and "quant.block_size cannot be set, quant is none" in err
 

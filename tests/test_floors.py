@@ -21,7 +21,7 @@ FLOORS = {
     4: ("module", "datamodule", "trainer"),
     5: ("callbacks",),
     6: (
-        *("train", "config", "tables", "__main__"),
+        *("train", "config", "explain", "schema", "tables", "__main__"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench"),
     ),
 }
@@ -81,8 +81,8 @@ def test_parts_of_one_floor_do_not_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("hydra", {"lorafit.config"}),
-        ("omegaconf", {"lorafit.config"}),
+        ("hydra", {"lorafit.config", "lorafit.explain"}),
+        ("omegaconf", {"lorafit.config", "lorafit.explain", "lorafit.schema"}),
         ("wandb", {"lorafit.callbacks.wandb"}),
         ("bitsandbytes", {"lorafit.quant"}),
         ("peft", set()),

@@ -445,3 +445,25 @@ def test_the_recipe_says_only_what_applies() -> None:
     }
     assert Quantization.of("none") is Quantization.of(None) is None
     assert Quantization.of(recipe) is recipe
+
+
+class Doubling(torch.nn.Linear):
+    """A linear layer that does something else as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Transposing(torch.nn.Linear):
+    """A linear layer that writes its product another way, as Falcon's does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_a_subclass_of_linear_is_quantized_only_if_it_multiplies_and_does_nothing_else() -> None:
+    model = torch.nn.Sequential(Doubling(64, 64), Transposing(64, 64), torch.nn.Linear(64, 64))
+    report = BaseReport("sequential", Quantization())
+    quantize_model(model, Quantization(), torch.device("cpu"), report)
+    assert report.quantized == ["1", "2"]
+    assert list(report.left) == ["0"] and "Doubling" in report.left["0"]

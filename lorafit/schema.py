@@ -1,0 +1,359 @@
+"""What a configuration holds, and whether every value in it can work.
+
+The dataclasses say which keys there are; the values themselves live in `conf/`: a field without a default is one that a
+file there gives. `check` looks at every value once, before anything is loaded. Nothing here imports torch, so that a
+typing error is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from lorafit.errors import InputError, did_you_mean, nearest
+
+_HERE = Path(__file__).resolve().parent
+CONF = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())  # wheel, checkout
+
+
+# --- what there is -----------------------------------------------------------------------------
+
+
+@dataclass
+class Quant:
+    type: str = MISSING
+    double_quant: bool = MISSING
+    block_size: int | None = MISSING
+    compute_dtype: str = MISSING
+
+
+@dataclass
+class Model:
+    name: str = MISSING
+    revision: str | None = MISSING
+    init: str = MISSING
+    dtype: str = MISSING
+    attention: str = MISSING
+    checkpointing: str = MISSING
+    trust_remote_code: bool = MISSING
+
+
+@dataclass
+class Task:
+    name: str = MISSING
+    eval_examples: int = MISSING
+    generate_examples: int = MISSING
+    samples: int = MISSING
+    max_new_tokens: int = MISSING
+    retention_path: str | None = MISSING
+
+
+@dataclass
+class Data:
+    path: str = MISSING
+    eval_path: str | None = MISSING
+    eval_fraction: float = MISSING
+    format: str = MISSING
+    columns: Any = MISSING  # None or a dict; OmegaConf cannot put a dict where a typed None is
+    template: str = MISSING
+    max_length: int = MISSING
+    batch_size: int = MISSING
+    eval_batch_size: int | None = MISSING
+    train_on: str = MISSING
+    packing: bool = MISSING
+    num_workers: int = MISSING
+    limit: int | None = MISSING
+
+
+@dataclass
+class Scheduler:
+    name: str = MISSING
+    warmup: Any = MISSING  # a fraction (float) or a number of steps (int)
+
+
+@dataclass
+class Trainer:
+    max_steps: int | None = MISSING
+    max_epochs: int | None = MISSING
+    accumulate_grad_batches: int = MISSING
+    val_check_interval: Any = MISSING  # None, a number of steps (int) or a fraction (float)
+    accelerator: str = MISSING
+    devices: Any = MISSING  # an int or "auto"
+    gradient_clip_val: float | None = MISSING
+    log_every_n_steps: int = MISSING
+    checkpoint_every_n_steps: int | None = MISSING
+
+
+@dataclass
+class Callbacks:
+    progress: bool = MISSING
+    memory_every_n_steps: int | None = MISSING
+
+
+@dataclass
+class Logger:
+    type: str = MISSING
+    mode: str | None = None  # wandb only, as are the next four
+    project: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """What a run is. `Any` marks a value that `check` judges better than a type could."""
+
+    rank: Any = MISSING  # an int; untyped so that its error reads the same everywhere
+    alpha: Any = MISSING  # an int or a float
+    target_modules: Any = MISSING  # a str or a list of str
+    dropout: float = MISSING
+    variant: str = MISSING
+    seed: int = MISSING
+    resume: str | None = MISSING
+    quant: Quant | None = MISSING
+    model: Model = MISSING
+    task: Task = MISSING
+    data: Data = MISSING
+    optimizer: dict[str, Any] = MISSING  # _target_, lr and the arguments of that class
+    scheduler: Scheduler = MISSING
+    trainer: Trainer = MISSING
+    callbacks: Callbacks = MISSING
+    logger: Logger | None = MISSING
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain dicts and lists, for JSON and for loggers."""
+    return dataclasses.asdict(config)
+
+
+def config_sha256(config: Config) -> str:
+    """Equal for two runs of the same settings; where one started from (`resume`) does not count."""
+    values = {key: value for key, value in to_dict(config).items() if key != "resume"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# --- is every value one that can work? ------------------------------------------------------------
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_OPTIMIZER = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Za-z]\w*")
+
+_CHOICES = {
+    "variant": ("lora", "rslora"),
+    "quant.type": ("nf4", "fp4", "int8"),
+    "quant.compute_dtype": ("bfloat16", "float16", "float32"),
+    "model.init": ("pretrained", "random"),
+    "model.dtype": ("auto", "bfloat16", "float16", "float32"),
+    "model.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
+    "model.checkpointing": ("none", "full"),
+    "task.name": ("causal_lm",),
+    "data.format": ("auto", "prompt_completion", "alpaca"),
+    "data.template": ("auto", "plain", "chat"),
+    "data.train_on": ("completion", "all"),
+    "scheduler.name": ("cosine", "linear", "constant"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "logger.type": ("wandb", "csv"),
+    "logger.mode": ("offline", "online", "disabled"),
+}
+_POSITIVE = (
+    "rank",
+    "task.eval_examples",
+    "task.max_new_tokens",
+    "data.batch_size",
+    "data.eval_batch_size",
+    "data.limit",
+    "trainer.accumulate_grad_batches",
+    "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_n_steps",
+    "callbacks.memory_every_n_steps",
+)  # where the type allows null, null is fine
+_NOT_NEGATIVE = ("seed", "task.generate_examples", "task.samples", "data.num_workers")
+
+
+def near_names(word: str, choices: Iterable[str], count: int = 3) -> str:
+    """The end of a message: nothing, or a full stop and the nearest names."""
+    hint = did_you_mean(word, nearest(word, choices, count))
+    return f".{hint}" if hint else ""
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    """low <= value < high, and a number at all (not nan)."""
+    return is_number(value) and low <= value < high
+
+
+def _pick(values: dict[str, Any], key: str) -> Any:
+    """`quant.type` out of nested dicts; None where the whole group is null."""
+    for part in key.split("."):
+        if values is None:
+            return None
+        values = values[part]
+    return values
+
+
+def check(config: Config) -> None:
+    """Raise one InputError with a line for every value that cannot work, or return."""
+    problems = [*_check_values(config), *_check_files(config)]
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _check_values(config: Config) -> Iterable[str]:
+    values = to_dict(config)
+    for key, choices in _CHOICES.items():
+        value = _pick(values, key)
+        if value is not None and value not in choices:
+            known = ", ".join(choices)
+            yield f"{key} must be one of {known}, got {value!r}{near_names(value, choices)}"
+    for key in _POSITIVE:
+        value = _pick(values, key)
+        if not (_is_int(value) and value > 0) and not (value is None and key != "rank"):
+            yield f"{key} must be a positive integer, got {value!r}"
+    for key in _NOT_NEGATIVE:
+        value = _pick(values, key)
+        if not (_is_int(value) and value >= 0):
+            yield f"{key} must be zero or a positive integer, got {value!r}"
+
+    # alpha usually follows rank: a bad rank is said once, not twice
+    follows = config.alpha == config.rank or (is_number(config.rank) and config.alpha == 2 * config.rank)
+    rank_is_bad = not (_is_int(config.rank) and config.rank > 0)
+    if not _within(config.alpha, 1e-12, float("inf")) and not (follows and rank_is_bad):
+        yield f"alpha must be a positive number, got {config.alpha!r}"
+    names = config.target_modules
+    names = [names] if isinstance(names, str) else names
+    if not (names and isinstance(names, list) and all(isinstance(n, str) and n for n in names)):
+        yield (f"target_modules must be all_linear or a list of module names, got {config.target_modules!r}")
+    if not _within(config.dropout, 0, 1):
+        yield f"dropout must be in [0, 1), got {config.dropout!r}"
+    if _is_int(config.seed) and config.seed >= 2**32:
+        yield f"seed must be below 2**32, got {config.seed}"
+
+    if quant := config.quant:
+        sizes = (32, 64, 128, 256, 512)
+        if quant.type == "int8":
+            if quant.block_size is not None or quant.double_quant:
+                yield "quant.block_size and quant.double_quant belong to nf4 and fp4, not to int8"
+        elif quant.block_size not in sizes:
+            known = ", ".join(map(str, sizes))
+            yield f"quant.block_size must be one of {known}, got {quant.block_size!r}"
+
+    data = config.data
+    if not (_is_int(data.max_length) and data.max_length > 1):
+        yield f"data.max_length must be an integer above 1, got {data.max_length!r}"
+    if data.eval_path is None and not _within(data.eval_fraction, 1e-12, 1):
+        yield f"data.eval_fraction must be in (0, 1), got {data.eval_fraction!r}"
+    if data.packing:
+        yield "data.packing=true is not in this version: use data.packing=false"
+    if data.columns is not None and not isinstance(data.columns, dict):
+        yield (f"data.columns must be like {{prompt: question, completion: answer}}, got {data.columns!r}")
+    elif data.columns:
+        for column, source in data.columns.items():
+            if column not in ("prompt", "completion"):
+                hint = near_names(column, ("prompt", "completion"))
+                yield f"data.columns names prompt and completion, got {column!r}{hint}"
+            elif not isinstance(source, str):
+                yield f"data.columns.{column} must be the name of a column, got {source!r}"
+
+    yield from _check_optimizer(config.optimizer)
+    trainer = config.trainer
+    for key in ("max_steps", "max_epochs"):
+        value = getattr(trainer, key)
+        if value is not None and value != -1 and value < 1:
+            yield f"trainer.{key} must be a positive integer, or -1 or null for none, got {value!r}"
+    interval = trainer.val_check_interval
+    if interval is not None and not (interval > 0 if _is_int(interval) else is_number(interval) and 0 < interval <= 1):
+        yield (
+            f"trainer.val_check_interval must be a positive number of steps or a fraction in (0, 1], got {interval!r}"
+        )
+    if trainer.devices != "auto" and not (_is_int(trainer.devices) and trainer.devices > 0):
+        yield f"trainer.devices must be a positive integer or auto, got {trainer.devices!r}"
+    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val > 0:
+        yield (f"trainer.gradient_clip_val must be a positive number or null, got {trainer.gradient_clip_val!r}")
+    warmup = config.scheduler.warmup
+    if not (warmup >= 0 if _is_int(warmup) else _within(warmup, 0, 1)):
+        yield (f"scheduler.warmup must be a fraction in [0, 1) or a whole number of steps, got {warmup!r}")
+    elif _is_int(warmup) and 0 < (trainer.max_steps or 0) <= warmup:
+        yield (
+            f"scheduler.warmup must be shorter than the run: {warmup} steps of warmup, "
+            f"trainer.max_steps is {trainer.max_steps}"
+        )
+    if logger := config.logger:
+        if logger.type == "wandb" and not (logger.mode and logger.project):
+            yield "logger.mode and logger.project must be set for wandb: choose logger=wandb"
+        if logger.type == "csv" and dataclasses.replace(logger, tags=[]) != Logger(type="csv"):
+            yield "logger.type csv takes no other keys: choose logger=wandb with them"
+
+
+def _check_optimizer(optimizer: dict[str, Any]) -> Iterable[str]:
+    target = optimizer.get("_target_")
+    if not (isinstance(target, str) and _OPTIMIZER.fullmatch(target)):
+        yield (
+            "optimizer._target_ must be a class of torch.optim or bitsandbytes.optim, "
+            f"such as torch.optim.AdamW, got {target!r}"
+        )
+    lr = optimizer.get("lr")
+    if not _within(lr, 1e-300, float("inf")):
+        yield f"optimizer.lr must be a positive number, got {lr!r}"
+    weight_decay = optimizer.get("weight_decay", 0)
+    if not _within(weight_decay, 0, float("inf")):
+        yield f"optimizer.weight_decay must be zero or a positive number, got {weight_decay!r}"
+    betas = optimizer.get("betas", [])
+    if not (isinstance(betas, list) and all(_within(beta, 0, 1) for beta in betas)):
+        yield f"optimizer.betas must be numbers in [0, 1), got {betas!r}"
+    eps = optimizer.get("eps", 1)
+    if not _within(eps, 1e-300, float("inf")):
+        yield f"optimizer.eps must be a positive number, got {eps!r}"
+
+
+def _check_files(config: Config) -> Iterable[str]:
+    for key in ("path", "eval_path"):
+        value = getattr(config.data, key)
+        if value == "":
+            yield f"data.{key} is not set: give data.{key}=FILE, or a name on the hub"
+        elif value not in (None, "embedded"):
+            yield from _check_source(f"data.{key}", value, _DATA_SUFFIXES)
+    if config.task.retention_path is not None and not os.path.isfile(config.task.retention_path):
+        yield f"task.retention_path: no file {config.task.retention_path!r}"
+    name = config.model.name
+    if name != "embedded":
+        found = list(_check_source("model.name", name, ()))
+        yield from found
+        if not found and os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+            yield f"model.name: {name!r} holds no config.json, so it is no model folder"
+    if config.resume is not None:
+        if not os.path.isdir(config.resume):
+            yield f"resume: no folder {config.resume!r}"
+        elif not (Path(config.resume) / "checkpoints" / "last.ckpt").is_file():
+            yield f"resume: {config.resume!r} holds no checkpoints/last.ckpt to go on from"
+
+
+def _check_source(key: str, value: str, suffixes: tuple[str, ...]) -> Iterable[str]:
+    """`value` is a path that exists and is not empty, or looks like a name on the hub."""
+    path = Path(value)
+    if not os.path.exists(value):
+        is_path = value.startswith((".", "/", "~")) or path.suffix.lower() in suffixes
+        if is_path or not _HUB_NAME.fullmatch(value):
+            beside = path.parent.iterdir() if os.path.isdir(path.parent) else ()
+            hint = near_names(value, (str(found) for found in beside))
+            yield f"{key}: no file or folder {value!r}{hint}"
+    elif path.is_file() and path.stat().st_size == 0:
+        yield f"{key}: {value!r} is empty"
+    elif path.is_dir() and not any(path.iterdir()):
+        yield f"{key}: the folder {value!r} is empty"
