@@ -11,10 +11,10 @@ import json
 import logging
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -636,9 +636,11 @@ def test_what_a_launcher_sends_to_its_workers_can_be_sent() -> None:
 
 def test_a_typing_error_is_answered_in_two_seconds_without_torch() -> None:
     probe = f"import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); {STUB}"
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", probe, "quantt=nf4"], capture_output=True, text=True)
-    assert time.perf_counter() - began < 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # time on the processor: on a busy machine the wall clock says more about its neighbours
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     assert done.returncode == 2
     assert done.stderr == "lorafit train: no config group 'quantt'. Did you mean 'quant'?\n"
     assert done.stdout == "False\n"
