@@ -170,7 +170,8 @@ def _replay(overrides: list[str]) -> list[str]:
     before = [text for text in yaml.safe_load(recorded.read_text()) or [] if text[:7] != "resume="]
     here = str(Path(folder).expanduser()).replace("\\", "\\\\").replace("'", "\\'")
     # the run may be one job of a sweep file, which is not to be swept again
-    return [f"hydra.run.dir='{here}'", *before, *overrides, "hydra.mode=RUN"]
+    # and what it was started with stays as it is: these overrides may turn out to be wrong
+    return [f"hydra.run.dir='{here}'", *before, *overrides, "hydra.mode=RUN", "hydra.output_subdir=null"]
 
 
 # --- a program ------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         torch.set_float32_matmul_precision("high")
         quiet_libraries()
 
+        require_accelerator(config.trainer.accelerator)
+
         # ---- what goes in: data first, since what is wrong with it is known soonest
         data = build_data(config)
         data.setup()
@@ -126,6 +128,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             config.trainer.max_steps,
             config.trainer.max_epochs,
         )
+        resume = Path(config.resume) / "checkpoints" / "last.ckpt" if config.resume else None
+        require_steps(config, steps, folder, resume)
         device = next(model.parameters()).device
         first_layer = next(iter(lora_layers(model).values()))
         terminal.print(
@@ -179,7 +183,6 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             logger=logger or False,
         )
         reset_peak(device)
-        resume = Path(config.resume) / "checkpoints" / "last.ckpt" if config.resume else None
         try:
             trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
         finally:
@@ -224,6 +227,32 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             f"The adapter is in {folder / 'adapter'}"
         )
         return after["loss"]
+
+
+def require_accelerator(accelerator: str) -> None:
+    """Raise InputError when the accelerator asked for is not there, before anything is loaded for it."""
+    import torch
+
+    there = {"cpu": True, "gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
+    there |= {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "auto": True}
+    if not there[accelerator]:
+        raise InputError(
+            f"trainer.accelerator={accelerator}: there is none on this machine. Use trainer.accelerator=auto"
+        )
+
+
+def require_steps(config: Config, steps: int, folder: Path, resume: Path | None) -> None:
+    """Raise InputError when the warm-up takes all steps, or when the run to be resumed has taken them all."""
+    from lorafit.checkpoint import load_checkpoint
+
+    warmup = config.scheduler.warmup
+    if isinstance(warmup, int) and 0 < steps <= warmup:
+        raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
+    if resume is None or load_checkpoint(resume)["global_step"] < steps:
+        return
+    record = folder / "metrics.json"
+    if record.is_file() and json.loads(record.read_bytes()).get("status") == "completed":
+        raise InputError(f"resume: {config.resume!r} is complete: raise trainer.max_steps above {steps} to go on")
 
 
 # ------------------------------------------------------------------------------------------------ building
@@ -361,7 +390,10 @@ def retention_text(config: Config, data: FinetuneDataModule) -> list[list[int]]:
 def read_texts(path: Path) -> list[str]:
     """The texts of a file: the `text` fields of JSON lines, or the whole of any other file."""
     if path.suffix != ".jsonl":
-        return [path.read_text()]
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise InputError(f"task.retention_path: {str(path)!r} is not UTF-8 text ({error})") from None
     from lorafit.data.formats import read_rows
 
     texts = []

@@ -459,3 +459,10 @@ def test_the_content_hash_sees_tokens_and_labels(tokenizer) -> None:
 
     assert digest() == digest(batch_size=3)
     assert len({digest(), digest(train_on="all"), digest(max_length=18)}) == 3
+
+
+def test_half_a_character_is_an_error_that_names_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "half.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "\\ud800", "completion": "c"}\n')
+    with pytest.raises(InputError, match="half.jsonl:2: field 'prompt' is not valid Unicode"):
+        load_examples(file)

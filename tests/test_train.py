@@ -401,3 +401,17 @@ def test_a_terminated_run_can_be_resumed_and_ends_as_the_unbroken_one() -> None:
 def test_a_run_of_other_settings_is_not_resumed_by_accident(sweep: Path) -> None:
     code, _, err = program(f"resume={sweep}/rank=4,quant=none", "rank=8", "logger.mode=disabled", "hydra.run.dir=other")
     assert code == 2 and "the adapter does not fit the model" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.accelerator=cuda", "trainer.accelerator=cuda: there is none on this machine"),
+        ("scheduler.warmup=1000 trainer.max_steps=null trainer.max_epochs=1", "scheduler.warmup must be shorter"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(override: str, said: str, tmp_path: Path) -> None:
+    if "cuda" in override and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    code, _, err = program("logger=none", f"hydra.run.dir={tmp_path / 'run'}", *override.split())
+    assert code == 2 and said in err and "Traceback" not in err

@@ -163,6 +163,10 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"{where}: field {field!r} must be text, it is {type(value).__name__}")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        raise InputError(f"{where}: field {field!r} is not valid Unicode ({error.reason})") from None
     return str(value)
 
 
