@@ -66,3 +66,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A sentence to end a message with: ``" Did you mean 'nf4'?"``, or nothing when no name is near."""
     found = nearest(word, choices)
     return f" Did you mean {' or '.join(repr(name) for name in found)}?" if found else ""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing: for a message that goes on from it."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.embedded import MODEL as EMBEDDED_MODEL
-from lorafit.errors import InputError, did_you_mean
+from lorafit.errors import InputError, did_you_mean, reason
 
 # On an AVX512-BF16 CPU every import of bitsandbytes reports a download that it would like to make.
 # And its 8-bit layer says at every call that it casts its input to float16.
@@ -504,5 +504,4 @@ def _input_errors(name: str) -> Iterator[None]:
         folder = Path(resolve(name)).expanduser()
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json: it is no model folder") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
+        raise InputError(f"model {name!r} cannot be loaded: {reason(error)}") from error

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.config import Config, config_sha256, start, to_dict
-from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped
+from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped, reason
 
 if TYPE_CHECKING:
     import lightning as L
@@ -494,7 +494,7 @@ def as_memory_error(error: Exception, metrics: dict[str, Any]) -> MemoryExhauste
     parts = {key: value for key, value in metrics.get("memory", {}).items() if value}
     held = f" Known parts in bytes: {parts}." if parts else ""
     return MemoryExhausted(
-        f"out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}).{held} "
+        f"out of memory ({reason(error)}).{held} "
         "These lower it: data.batch_size (with trainer.accumulate_grad_batches raised alike), data.max_length, "
         "model.checkpointing=full, quant=nf4"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit import embedded
-from lorafit.errors import InputError, did_you_mean
+from lorafit.errors import InputError, did_you_mean, reason
 
 FORMATS = ("auto", "prompt_completion", "alpaca")
 Row = tuple[str, Mapping[str, Any]]  # where it stands ("train.jsonl:17"), and its fields
@@ -123,8 +123,7 @@ def _dataset(kind: str, name: str, **options: Any) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(kind, **options)
     except Exception as error:  # the library raises many kinds; what a user needs is the name and the reason
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"data {name!r} cannot be read: {reason}") from error
+        raise InputError(f"data {name!r} cannot be read: {reason(error)}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{name}: row {number}", row
 

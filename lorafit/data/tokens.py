@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoTokenizer
 
 from lorafit.data.formats import Example
-from lorafit.errors import InputError, did_you_mean
+from lorafit.errors import InputError, did_you_mean, reason
 from lorafit.quant import resolve
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the tokenizer of {name!r} cannot be loaded: {reason}") from error
+        raise InputError(f"the tokenizer of {name!r} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer of {name!r} has no end token, and a model trained without one never stops: "
