@@ -13,6 +13,7 @@ from lorafit.errors import InputError, did_you_mean
 
 PROGRAMS = {
     "train": "fine-tune a model; leaves a run folder with the adapter and what it achieved",
+    "audit": "show which tokens and which modules train would train; refuse what would fail in silence",
 }
 
 

@@ -131,13 +131,22 @@ def _typed(values: DictConfig) -> Config:
     for node, key in (
         (config, "resume"),
         (config.model, "name"),
-        (config.data, "path"),
-        (config.data, "eval_path"),
         (config.task, "retention_path"),
     ):
         if (value := getattr(node, key)) is not None:
             setattr(node, key, os.path.expanduser(value))  # which a shell does at the start of a word only
+    for key in ("path", "eval_path"):
+        setattr(config.data, key, _expanded(getattr(config.data, key)))
     return config
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or the paths of a list of sources, with ~ as the shell means it."""
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    if isinstance(value, dict):
+        return value | {"path": _expanded(value.get("path"))}
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _prepare(overrides: list[str]) -> list[str]:

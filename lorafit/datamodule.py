@@ -1,36 +1,63 @@
-"""The LightningDataModule: from a path to labelled batches, with some rows held out.
+"""The LightningDataModule: from what people have to labelled batches, with some rows held out.
 
-Everything is read and tokenized once, in `setup`, before any model is loaded: what is wrong with the data is known
-within seconds.
+Everything is read and tokenized once, in `setup`, before any model is loaded, and what would fail in silence is found
+then (`refusals`): what is wrong with the data is known within seconds. With streaming only the rows to measure on and
+the first window are read before training starts.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 
-from lorafit.data import Encoder, Example, ResumableLoader, load_examples, load_tokenizer, split_held_out
-from lorafit.data.tokens import IGNORE, Sequence
-from lorafit.errors import InputError
+from lorafit.data import (
+    Encoder,
+    Example,
+    Pipeline,
+    Report,
+    ResumableLoader,
+    StreamLoader,
+    held_out_sources,
+    load_tokenizer,
+    parse_sources,
+    read_corpus,
+)
+from lorafit.data.checks import Refusal, check_labels, check_sequences, check_template, one_of_each
+from lorafit.data.corpus import ON_BAD_ROW
+from lorafit.data.loader import shares_of
+from lorafit.data.packing import best_fit
+from lorafit.data.sources import draw_rows
+from lorafit.data.store import Builder
+from lorafit.data.tokens import Sequence
+from lorafit.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class FinetuneDataModule(L.LightningDataModule):
-    """Rows of `path` for training; for evaluation those of `eval_path`, or else a share of the rows held out by hash.
+    """Rows of `path` for training; for evaluation those of `eval_path`, or those that a folder holds out by its files'
+    names, or else a share of the rows chosen by a hash of the prompt.
 
-    tokenizer: an object, or the model name to load it by. format, columns: see `load_examples`. template, max_length,
-    train_on: see `Encoder`. limit: at most so many rows are read; eval_limit: at most so many are held out in use.
-    After `setup`: `train_examples`, `eval_examples`, `train_sequences`, `eval_sequences`, `statistics()`.
+    path: a file, a folder, a hub name, "embedded", or a list of those, mixed by weight (see `parse_sources`); split,
+    eval_split: of a data set of the hub. tokenizer: an object, or the model name to load it by. format, columns: see
+    `Formatter`. template, max_length, train_on, overflow, system: see `Encoder`. on_bad_row: "error", or "skip" to
+    leave bad rows out and count them. packing: examples share rows of max_length tokens; padding_free: a batch is one
+    row. group_by_length: batches of similar lengths. streaming: read while training, `stream_batches` batches in all.
+    cache: keep what was tokenized. limit: at most so many rows are read; eval_limit: at most so many are held out in
+    use. max_lost: the share of answers that max_length may cost; allow: names of checks that may fail.
+    After `setup`: `train_sequences` (empty with streaming), `eval_sequences`, `eval_examples`, `statistics()`,
+    `refusals()`.
     """
 
     def __init__(
         self,
-        path: str = "embedded",
+        path: Any = "embedded",
         *,
         tokenizer: PreTrainedTokenizerBase | str = "embedded",
         eval_path: str | None = None,
@@ -38,9 +65,24 @@ class FinetuneDataModule(L.LightningDataModule):
         eval_limit: int | None = None,
         format: str = "auto",
         columns: Mapping[str, str] | None = None,
+        subset: str | None = None,
+        split: str = "train",
+        eval_split: str = "test",
         template: str = "auto",
         max_length: int = 512,
         train_on: str = "completion",
+        overflow: str = "drop",
+        system: str = "keep",
+        on_bad_row: str = "error",
+        packing: bool = False,
+        padding_free: bool = False,
+        group_by_length: bool = False,
+        streaming: bool = False,
+        window: int = 4096,
+        stream_batches: int | None = None,
+        cache: bool = False,
+        max_lost: float = 0.2,
+        allow: Iterable[str] = (),
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -48,90 +90,287 @@ class FinetuneDataModule(L.LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        self.path, self.eval_path, self.eval_fraction, self.eval_limit = path, eval_path, eval_fraction, eval_limit
-        self.format, self.columns, self.limit = format, columns, limit
+        if on_bad_row not in ON_BAD_ROW:
+            raise InputError(
+                f"data.on_bad_row must be one of {', '.join(ON_BAD_ROW)}, got {on_bad_row!r}."
+                f"{did_you_mean(on_bad_row, ON_BAD_ROW)}"
+            )
+        if streaming and eval_limit is None:
+            raise InputError("data.streaming=true: say how many rows are held out, with task.eval_examples")
+        self.path = path
+        self.sources = parse_sources(path, format=format, columns=columns, subset=subset)
+        self.eval_sources = (
+            parse_sources(eval_path, format=format, columns=columns, subset=subset)
+            if eval_path
+            else held_out_sources(self.sources)
+        )
+        self.eval_fraction, self.eval_limit, self.limit = eval_fraction, eval_limit, limit
+        self.split, self.eval_split, self.on_bad_row = split, eval_split, on_bad_row
+        self.packing, self.padding_free, self.group_by_length = packing, padding_free, group_by_length
+        self.streaming, self.window, self.stream_batches = streaming, window, stream_batches
+        self.cache, self.max_lost, self.allow = cache, max_lost, tuple(allow)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed = num_workers, seed
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        self.encoder = Encoder(self.tokenizer, template=template, max_length=max_length, train_on=train_on)
-        self.train_examples: list[Example] = []
+        self.encoder = Encoder(
+            self.tokenizer,
+            template=template,
+            max_length=max_length,
+            train_on=train_on,
+            overflow=overflow,
+            system=system,
+        )
+        self.train_sequences = self.eval_sequences = Builder().sequences()
         self.eval_examples: list[Example] = []
-        self.train_sequences: list[Sequence] = []
-        self.eval_sequences: list[Sequence] = []
+        self.report = Report()
+        self._sizes: list[int] = []
+        self._rows: list[list[int]] | None = None
+        self._row_sizes: list[int] = []
+        self._stream: StreamLoader | None = None
+        self._ready = False
+
+    # ---------------------------------------------------------------------------------------------- reading
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenize; a second call does nothing."""
-        if self.train_sequences:
+        """Read and tokenize; a second call does nothing. Raises InputError for what cannot be read."""
+        if self._ready:
             return
-        examples = load_examples(self.path, format=self.format, columns=self.columns, limit=self.limit)
-        eval_path = self.eval_path or ("embedded" if self.path == "embedded" else None)
-        if eval_path:
-            held_out = load_examples(eval_path, format=self.format, columns=self.columns, split="test")
+        if self.streaming:
+            self._setup_stream()
         else:
-            examples, held_out = split_held_out(examples, self.eval_fraction)
-        self.train_examples, self.eval_examples = examples, held_out[: self.eval_limit]
-        # held-out rows first, so that the counts of the encoder end up those of the training rows
-        self.eval_sequences = self.encoder.encode_all(self.eval_examples)
-        self.encoder.truncated = self.encoder.dropped = 0
-        self.train_sequences = self.encoder.encode_all(self.train_examples)
-        for kind, sequences in (("training", self.train_sequences), ("held-out", self.eval_sequences)):
-            if not sequences:
+            corpus = read_corpus(
+                self.sources,
+                self.encoder,
+                eval_sources=self.eval_sources,
+                eval_fraction=self.eval_fraction,
+                eval_limit=self.eval_limit,
+                limit=self.limit,
+                split=self.split,
+                eval_split=self.eval_split,
+                on_bad_row=self.on_bad_row,
+                cache=self.cache,
+            )
+            self.train_sequences, self.eval_sequences = corpus.train, corpus.held_out
+            self.eval_examples, self.report, self._sizes = corpus.held_out_examples, corpus.report, corpus.sizes
+            if not len(corpus.held_out) and len(corpus.train):
                 raise InputError(
-                    f"no {kind} row of {self.path!r} has a token to train within data.max_length="
-                    f"{self.encoder.max_length}: raise it"
+                    f"{len(corpus.train)} rows of one prompt are too few to hold some out: "
+                    "give data.eval_path, or more rows"
                 )
+            self._pack()
+        self._ready = True
 
-    def check_vocabulary(self, size: int) -> None:
-        """Raise InputError if a token id lies outside a vocabulary of `size`: the tokenizer is another model's."""
-        largest = max(max(sequence["input_ids"]) for sequence in [*self.train_sequences, *self.eval_sequences])
-        if largest >= size:
+    def _pack(self) -> None:
+        """Rows of each source by itself, so that weights stay those of the sources."""
+        if not self.packing:
+            self._row_sizes = self._sizes
+            return
+        self._rows, start = [], 0
+        for size in self._sizes:
+            lengths = self.train_sequences.lengths[start : start + size]
+            rows = [[start + at for at in row] for row in best_fit(lengths, self.encoder.max_length)]
+            self._rows += rows
+            self._row_sizes.append(len(rows))
+            start += size
+
+    def _setup_stream(self) -> None:
+        """The rows to measure on, and the first window for the checks."""
+        sources = self.eval_sources or self.sources
+        pipeline, built = Pipeline(sources, self.encoder, on_bad_row=self.on_bad_row), Builder()
+        rows = draw_rows(sources, self.eval_split if self.eval_sources else self.split, streaming=True, seed=self.seed)
+        for _, example, encoded in pipeline.encode(itertools.islice(rows, None if self.eval_sources else self.limit)):
+            if self.eval_sources is None and example.position() >= self.eval_fraction:
+                continue
+            if (kept := pipeline.fit(example, encoded)) is not None:
+                built.add(kept, example.key(), example.where)
+                self.eval_examples.append(example)
+            if len(built) >= (self.eval_limit or 0):
+                break
+        if not len(built):
             raise InputError(
-                f"the tokenizer gives token id {largest}, the model knows {size} tokens: they do not belong together"
+                f"no row of {pipeline.describe()} is held out to be measured on: give data.eval_path, or raise "
+                "data.eval_fraction"
+            )
+        self.eval_sequences = built.sequences()
+        stream = self._stream_loader(1)
+        first = list(itertools.islice(stream.rows(0), self.window))
+        window = stream.read(first)
+        self.train_sequences, self.report = window.sequences, window.report
+        self.report.formats = [source.format for source in stream.sources]
+        check = Pipeline(stream.sources, self.encoder, on_bad_row=self.on_bad_row)
+        for index, (_, example, encoded) in enumerate(check.encode(first)):
+            if index % max(1, len(first) // 128) == 0 and (fault := check_labels(self.encoder, example, encoded)):
+                self.report.faults.append(fault)
+            self.report.lengths.append(len(encoded.ids))
+        if not len(self.train_sequences) and not self.report.lost:
+            raise InputError(f"the first {len(first)} rows of {pipeline.describe()} give nothing to train")
+
+    # ---------------------------------------------------------------------------------------------- proof
+
+    def refusals(self) -> list[Refusal]:
+        """What is wrong with the data in a way that training would not show; empty when it may begin."""
+        examples = len(self.train_sequences) + self.report.dropped
+        found = [
+            *check_template(self.encoder),
+            *self.report.faults,
+            *check_sequences(
+                self.encoder,
+                self.train_sequences,
+                lost=self.report.lost,
+                examples=examples,
+                max_lost=self.max_lost,
+                lengths=self.report.lengths,
+            ),
+        ]
+        return one_of_each(found, self.allow)
+
+    def require_proof(self) -> None:
+        """Raise InputError that lists the refusals and how to go on, if there are any."""
+        if found := self.refusals():
+            names = ",".join(refusal.check for refusal in found)
+            said = "\n".join(refusal.message for refusal in found)
+            raise InputError(
+                f"{said}. (data.allow=[{names}] trains all the same; `python -m lorafit.audit` shows more.)"
             )
 
-    def statistics(self) -> dict[str, int]:
-        """The `data` part of metrics.json."""
-        return {
+    def duplicates(self) -> np.ndarray:
+        """The numbers of the training examples that repeat an earlier one."""
+        _, first = np.unique(self.train_sequences.keys, return_index=True)
+        return np.setdiff1d(np.arange(len(self.train_sequences)), first)
+
+    def leaked(self) -> np.ndarray:
+        """The numbers of the training examples that are held out as well."""
+        return np.flatnonzero(np.isin(self.train_sequences.keys, self.eval_sequences.keys))
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise InputError, naming the row, if a token id lies outside a vocabulary of `size`."""
+        for sequences in (self.train_sequences, self.eval_sequences):
+            outside = np.flatnonzero(sequences.ids >= size)
+            if len(outside):
+                token = int(sequences.ids[outside[0]])
+                index = int(np.searchsorted(sequences.offsets, outside[0], side="right")) - 1
+                raise InputError(
+                    f"{sequences.place(index)}: the tokenizer gives token id {token} "
+                    f"({self.tokenizer.convert_ids_to_tokens(token)!r}), the model knows {size} tokens: they do not "
+                    "belong together"
+                )
+
+    def statistics(self) -> dict[str, Any]:
+        """The `data` part of metrics.json. With streaming it counts what was read so far."""
+        report, stream = self.report, self._stream
+        train: dict[str, Any] = {
             "train_examples": len(self.train_sequences),
             "eval_examples": len(self.eval_sequences),
-            "train_tokens": sum(len(sequence["input_ids"]) for sequence in self.train_sequences),
-            "supervised_tokens": sum(
-                sum(label != IGNORE for label in sequence["labels"]) for sequence in self.train_sequences
-            ),
-            "truncated_examples": self.encoder.truncated,
-            "dropped_examples": self.encoder.dropped,
+            "train_tokens": len(self.train_sequences.ids),
+            "supervised_tokens": int(self.train_sequences.trained.sum()),
+        }
+        if stream is not None:
+            report = stream.report
+            train |= {
+                "train_examples": stream.examples,
+                "train_tokens": stream.tokens,
+                "supervised_tokens": stream.supervised_tokens,
+            }
+        return train | {
+            "truncated_examples": report.truncated,
+            "dropped_examples": report.dropped,
+            "skipped_rows": report.skipped,
+            "duplicate_examples": len(self.duplicates()),
+            "leaked_examples": len(self.leaked()),
+            "formats": self.report.formats,
+            "packed_rows": len(self._rows) if self._rows is not None else None,
+            "streaming": self.streaming,
         }
 
-    def content_hash(self) -> str:
-        """A SHA-256 over the training sequences, tokens and labels: what was really trained, in file order."""
+    def content_hash(self) -> str | None:
+        """A SHA-256 over the training sequences, tokens and labels, in file order; None where they are streamed."""
+        if self.streaming:
+            return None
         digest = hashlib.sha256()
-        for sequence in self.train_sequences:
-            digest.update(repr((sequence["input_ids"], sequence["labels"])).encode())
+        for array in (self.train_sequences.ids, self.train_sequences.trained, self.train_sequences.offsets):
+            digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def train_dataloader(self) -> ResumableLoader:
+    def template_hash(self) -> str:
+        """A SHA-256 of the template that turns conversations into text."""
+        chat = self.encoder.chat
+        text = chat.source if chat is not None else f"plain, headings {self.encoder.plain.headings}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def sample_for_packing(self, count: int = 4, longest: int = 512) -> list[Sequence]:
+        """A few training examples that would stand in one row, of together at most `longest` tokens if there are
+        any."""
+        lengths = self.train_sequences.lengths
+        chosen = np.argsort(lengths, kind="stable")
+        # neither the shortest, which show little, nor those that would cost much
+        start = max(0, min(int(np.searchsorted(np.sort(lengths), longest // count)), len(chosen)) - count)
+        return [self.train_sequences[int(index)] for index in chosen[start : start + count]]
+
+    # ---------------------------------------------------------------------------------------------- batches
+
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """This process's share of the training batches, in a new order each epoch."""
-        return self._loader(self.train_sequences, self.batch_size, shuffle=True)
+        replica, replicas = self._replica()
+        if self.streaming:
+            if self.stream_batches is None:
+                raise InputError("data.streaming=true: the data has no known end, so trainer.max_steps must be given")
+            self._stream = self._stream_loader(self.stream_batches, replica, replicas)
+            return self._stream
+        weights = [source.weight for source in self.sources]
+        return ResumableLoader(
+            self.train_sequences,
+            self.batch_size,
+            int(self.tokenizer.pad_token_id),
+            rows=self._rows,
+            padding_free=self.padding_free,
+            shuffle=True,
+            shares=shares_of(self._row_sizes, [w for w in weights if w is not None]) if None not in weights else None,
+            group_by_length=self.group_by_length,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            replica=replica,
+            replicas=replicas,
+        )
+
+    def _stream_loader(self, length: int, replica: int = 0, replicas: int = 1) -> StreamLoader:
+        return StreamLoader(
+            self.sources,
+            self.encoder,
+            length=length,
+            batch_size=self.batch_size,
+            pad_id=int(self.tokenizer.pad_token_id),
+            window=self.window,
+            packing=self.packing,
+            padding_free=self.padding_free,
+            group_by_length=self.group_by_length,
+            eval_fraction=0.0 if self.eval_sources else self.eval_fraction,
+            limit=self.limit,
+            split=self.split,
+            on_bad_row=self.on_bad_row,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            replica=replica,
+            replicas=replicas,
+        )
+
+    def _replica(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
     def val_dataloader(self) -> ResumableLoader:
         """This process's share of the held-out batches."""
-        return self._loader(self.eval_sequences, self.eval_batch_size, shuffle=False)
+        return self._eval_loader(*self._replica())
 
     def eval_batches(self) -> ResumableLoader:
         """All held-out batches, whatever the number of processes."""
-        return self._loader(self.eval_sequences, self.eval_batch_size, shuffle=False, shared=False)
+        return self._eval_loader(0, 1)
 
-    def _loader(
-        self, sequences: list[Sequence], batch_size: int, *, shuffle: bool, shared: bool = True
-    ) -> ResumableLoader:
-        trainer = self.trainer if shared else None
+    def _eval_loader(self, replica: int, replicas: int) -> ResumableLoader:
         return ResumableLoader(
-            sequences,
-            batch_size,
+            self.eval_sequences,
+            self.eval_batch_size,
             int(self.tokenizer.pad_token_id),
-            shuffle=shuffle,
             seed=self.seed,
-            num_workers=self.num_workers if shuffle else 0,
-            replica=trainer.global_rank if trainer is not None else 0,
-            replicas=trainer.world_size if trainer is not None else 1,
+            replica=replica,
+            replicas=replicas,
         )

@@ -47,17 +47,23 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float
 
 
 def generate(
-    model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int, end_id: int, pad_id: int, batch_size: int = 32
+    model: nn.Module,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    end_ids: list[int],
+    pad_id: int,
+    batch_size: int = 32,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, up to the end token and without it.
+    """The greedy continuation of each prompt, up to the first of the end tokens and without it.
 
     Prompts are batched by length, so that few places are padding; they are padded on the left. An empty prompt, which
     has no place to predict from, begins after an end token.
     """
-    prompts = [prompt or [end_id] for prompt in prompts]
+    prompts = [prompt or end_ids[:1] for prompt in prompts]
     device = next(model.parameters()).device
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=end_id, pad_token_id=pad_id
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=end_ids, pad_token_id=pad_id
     )
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -72,7 +78,7 @@ def generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
             for index, row in zip(chosen, output[:, longest:].tolist(), strict=True):
-                answers[index] = row[: row.index(end_id)] if end_id in row else row
+                answers[index] = row[: next((at for at, token in enumerate(row) if token in end_ids), len(row))]
     return answers
 
 

@@ -38,8 +38,12 @@ def supervised_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     rows = batch["labels"].roll(-1, dims=1) != IGNORE
     rows[:, -1] = False
     targets = batch["labels"].roll(-1, dims=1)[rows]
+    # a batch says who may see whom either by a mask or by position ids, and those count only without a cache
+    inputs: dict = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    if "position_ids" in batch:
+        inputs["use_cache"] = False
     with head_sees(model, rows):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(**inputs).logits
     return logits[0], targets
 
 

@@ -59,19 +59,32 @@ class Task:
 
 @dataclass
 class Data:
-    path: str = MISSING
-    eval_path: str | None = MISSING
+    path: Any = MISSING  # a str, or a list of str and of dicts
+    subset: str | None = MISSING
+    split: str = MISSING
+    eval_path: Any = MISSING  # None, or as path
+    eval_split: str = MISSING
     eval_fraction: float = MISSING
     format: str = MISSING
     columns: Any = MISSING  # None or a dict; OmegaConf cannot put a dict where a typed None is
+    on_bad_row: str = MISSING
     template: str = MISSING
+    system: str = MISSING
     max_length: int = MISSING
+    overflow: str = MISSING
+    max_lost: float = MISSING
+    train_on: str = MISSING
     batch_size: int = MISSING
     eval_batch_size: int | None = MISSING
-    train_on: str = MISSING
     packing: bool = MISSING
+    padding_free: bool = MISSING
+    group_by_length: bool = MISSING
+    streaming: bool = MISSING
+    window: int = MISSING
+    cache: bool = MISSING
     num_workers: int = MISSING
     limit: int | None = MISSING
+    allow: list[str] = MISSING
 
 
 @dataclass
@@ -110,6 +123,12 @@ class Logger:
 
 
 @dataclass
+class Audit:
+    examples: int = MISSING
+    tokens: int = MISSING
+
+
+@dataclass
 class Config:
     """What a run is. `Any` marks a value that `check` judges better than a type could."""
 
@@ -129,6 +148,7 @@ class Config:
     trainer: Trainer = MISSING
     callbacks: Callbacks = MISSING
     logger: Logger | None = MISSING
+    audit: Audit = MISSING
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -137,14 +157,24 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_sha256(config: Config) -> str:
-    """Equal for two runs of the same settings; where one started from (`resume`) does not count."""
-    values = {key: value for key, value in to_dict(config).items() if key != "resume"}
+    """Equal for two runs of the same settings; where one started from (`resume`) and what is shown of it (`audit`)
+    do not count."""
+    values = {key: value for key, value in to_dict(config).items() if key not in ("resume", "audit")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 # --- is every value one that can work? ------------------------------------------------------------
 
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+# as in lorafit/data (a test holds them equal); not imported, since that would import torch
+_COLUMNS = (
+    *("instruction", "output", "conversations", "messages", "prompt", "completion", "question", "answer", "text"),
+    *("input", "system"),
+)
+_CHECKS = (
+    *("no_supervised_token", "end_masked", "prompt_trained", "answer_masked", "answer_lost"),
+    *("template_mismatch", "opening_differs", "doubled_special"),
+)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _OPTIMIZER = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Za-z]\w*")
 
@@ -157,9 +187,12 @@ _CHOICES = {
     "model.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
     "model.checkpointing": ("none", "full"),
     "task.name": ("causal_lm",),
-    "data.format": ("auto", "prompt_completion", "alpaca"),
-    "data.template": ("auto", "plain", "chat"),
-    "data.train_on": ("completion", "all"),
+    "data.format": ("auto", "alpaca", "sharegpt", "chat", "prompt_completion", "question_answer", "text"),
+    "data.template": ("auto", "chat", "plain", "alpaca"),
+    "data.train_on": ("completion", "all", "last_turn"),
+    "data.overflow": ("drop", "truncate_prompt", "truncate", "error"),
+    "data.system": ("keep", "fold", "drop"),
+    "data.on_bad_row": ("error", "skip"),
     "scheduler.name": ("cosine", "linear", "constant"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "logger.type": ("wandb", "csv"),
@@ -172,12 +205,14 @@ _POSITIVE = (
     "data.batch_size",
     "data.eval_batch_size",
     "data.limit",
+    "data.window",
+    "audit.tokens",
     "trainer.accumulate_grad_batches",
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_n_steps",
     "callbacks.memory_every_n_steps",
 )  # where the type allows null, null is fine
-_NOT_NEGATIVE = ("seed", "task.generate_examples", "task.samples", "data.num_workers")
+_NOT_NEGATIVE = ("seed", "task.generate_examples", "task.samples", "data.num_workers", "audit.examples")
 
 
 def near_names(word: str, choices: Iterable[str], count: int = 3) -> str:
@@ -259,17 +294,21 @@ def _check_values(config: Config) -> Iterable[str]:
         yield f"data.max_length must be an integer above 1, got {data.max_length!r}"
     if data.eval_path is None and not _within(data.eval_fraction, 1e-12, 1):
         yield f"data.eval_fraction must be in (0, 1), got {data.eval_fraction!r}"
-    if data.packing:
-        yield "data.packing=true is not in this version: use data.packing=false"
-    if data.columns is not None and not isinstance(data.columns, dict):
-        yield (f"data.columns must be like {{prompt: question, completion: answer}}, got {data.columns!r}")
-    elif data.columns:
-        for column, source in data.columns.items():
-            if column not in ("prompt", "completion"):
-                hint = near_names(column, ("prompt", "completion"))
-                yield f"data.columns names prompt and completion, got {column!r}{hint}"
-            elif not isinstance(source, str):
-                yield f"data.columns.{column} must be the name of a column, got {source!r}"
+    if not 0 <= data.max_lost <= 1:
+        yield f"data.max_lost must be in [0, 1], got {data.max_lost!r}"
+    for name in data.allow:
+        if name not in _CHECKS:
+            yield f"data.allow: there is no check {name!r} ({', '.join(_CHECKS)}){near_names(name, _CHECKS)}"
+    yield from _check_columns("data.columns", data.columns)
+    for key in ("path", "eval_path"):
+        for entry in _entries(getattr(data, key)):
+            if isinstance(entry, dict):
+                yield from _check_columns(f"data.{key}: columns", entry.get("columns"))
+    if data.streaming:
+        if not (config.trainer.max_steps or 0) > 0:
+            yield "data.streaming=true: the data has no known end, so give trainer.max_steps"
+        if isinstance(config.trainer.val_check_interval, float):
+            yield "data.streaming=true: trainer.val_check_interval must be a number of steps: an epoch has no known end"
 
     yield from _check_optimizer(config.optimizer)
     trainer = config.trainer
@@ -301,6 +340,23 @@ def _check_values(config: Config) -> Iterable[str]:
             yield "logger.type csv takes no other keys: choose logger=wandb with them"
 
 
+def _entries(value: Any) -> list[Any]:
+    """The sources of `data.path`, which may be one or a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check_columns(key: str, columns: Any) -> Iterable[str]:
+    if columns is not None and not isinstance(columns, dict):
+        yield f"{key} must be like {{prompt: question, completion: answer}}, got {columns!r}"
+    elif columns:
+        for column, source in columns.items():
+            if column not in _COLUMNS:
+                known = ", ".join(_COLUMNS)
+                yield f"{key} has no entry {column!r} ({known}){near_names(str(column), _COLUMNS)}"
+            elif not isinstance(source, str):
+                yield f"{key}.{column} must be the name of a column, got {source!r}"
+
+
 def _check_optimizer(optimizer: dict[str, Any]) -> Iterable[str]:
     target = optimizer.get("_target_")
     if not (isinstance(target, str) and _OPTIMIZER.fullmatch(target)):
@@ -324,11 +380,14 @@ def _check_optimizer(optimizer: dict[str, Any]) -> Iterable[str]:
 
 def _check_files(config: Config) -> Iterable[str]:
     for key in ("path", "eval_path"):
-        value = getattr(config.data, key)
-        if value == "":
-            yield f"data.{key} is not set: give data.{key}=FILE, or a name on the hub"
-        elif value not in (None, "embedded"):
-            yield from _check_source(f"data.{key}", value, _DATA_SUFFIXES)
+        for entry in _entries(getattr(config.data, key)):
+            value = entry.get("path") if isinstance(entry, dict) else entry
+            if not isinstance(value, str):
+                yield f"data.{key}: a source is a path or a mapping with a path, got {entry!r}"
+            elif value == "":
+                yield f"data.{key} is not set: give data.{key}=FILE, or a name on the hub"
+            elif value != "embedded":
+                yield from _check_source(f"data.{key}", value, _DATA_SUFFIXES)
     if config.task.retention_path is not None and not os.path.isfile(config.task.retention_path):
         yield f"task.retention_path: no file {config.task.retention_path!r}"
     name = config.model.name

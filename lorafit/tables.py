@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lorafit.datamodule import FinetuneDataModule
+from lorafit.isolation import Isolation
 from lorafit.memory import human
 from lorafit.quant import BaseReport
 
@@ -26,8 +28,9 @@ def start_table(
     coverage: Mapping[str, Mapping[str, int]],
     trainable: int,
     total: int,
-    data: Mapping[str, int],
+    data: Mapping[str, Any],
     data_path: str,
+    data_notes: Sequence[str],
     optimizer: str,
     learning_rate: float,
     steps: int,
@@ -50,20 +53,16 @@ def start_table(
         ("adapted", ", ".join(wrapped + partly)),
         ("not adapted", ", ".join(without) or "–"),
         ("trainable", f"{trainable:,} parameters, {100 * trainable / total:.4f} % of all"),
-        (
-            "data",
-            f"{data_path}: {data['train_examples']:,} examples, {data['supervised_tokens']:,} of "
-            f"{data['train_tokens']:,} tokens trained; {data['eval_examples']:,} held out",
-        ),
+        ("data", data_sentence(data_path, data)),
+        *(("", note) for note in data_notes),
     ]
-    if data["truncated_examples"] or data["dropped_examples"]:
-        cut = f"{data['truncated_examples']:,} examples are longer than data.max_length and are cut"
-        rows.append(
-            ("[yellow]cut[/]", f"{cut}; {data['dropped_examples']:,} of them have no answer left and are dropped")
-        )
     per_step = f"{batch_size}" + (f" x {accumulate}" if accumulate > 1 else "")
     rows += [
-        ("training", f"{steps:,} steps of {per_step} examples, {optimizer}, learning rate {learning_rate:g}"),
+        (
+            "training",
+            f"{steps:,} steps of {per_step} {'rows' if data['packing'] else 'examples'}, {optimizer}, "
+            f"learning rate {learning_rate:g}",
+        ),
         (
             "memory",
             f"weights {human(memory['weights'])}, scales {human(memory['quant_state'])}, "
@@ -74,6 +73,61 @@ def start_table(
     for name, text in rows:
         table.add_row(name, escape(text))
     return table
+
+
+def source_names(path: Any) -> str:
+    """What `data.path` names, for a person: "a.jsonl", or "a.jsonl x 0.7 + b.csv x 0.3"."""
+    entries = path if isinstance(path, list) else [path]
+    parts = []
+    for entry in entries:
+        values = entry if isinstance(entry, dict) else {"path": entry}
+        weight = values.get("weight")
+        parts.append(str(values["path"]) + ("" if weight is None else f" x {weight:g}"))
+    return " + ".join(parts)
+
+
+def data_sentence(path: str, data: Mapping[str, Any]) -> str:
+    """How much is trained and held out."""
+    formats = ", ".join(dict.fromkeys(data["formats"]))
+    if data["streaming"]:
+        return f"{path} ({formats}), streamed; {data['eval_examples']:,} held out"
+    return (
+        f"{path} ({formats}): {data['train_examples']:,} examples, {data['supervised_tokens']:,} of "
+        f"{data['train_tokens']:,} tokens trained; {data['eval_examples']:,} held out"
+    )
+
+
+def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> list[str]:
+    """What a person should know of the data, a sentence each; nothing where nothing is out of the ordinary."""
+    numbers, report, encoder = data.statistics(), data.report, data.encoder
+    notes = []
+    for source, columns in zip(data.sources, report.unused, strict=False):
+        if columns and source.path != "embedded":
+            notes.append(f"columns of {source.path} that are not read: {', '.join(columns[:8])}")
+    if report.dropped or report.truncated:
+        total = len(data.train_sequences) + report.dropped
+        notes.append(
+            f"of {total:,} examples {report.dropped + report.truncated:,} are longer than data.max_length="
+            f"{encoder.max_length}: {report.dropped:,} dropped, {report.truncated:,} cut "
+            f"(data.overflow={encoder.overflow})"
+        )
+    if report.skipped:
+        notes.append(f"{report.skipped:,} of {report.rows:,} rows are bad and skipped; the first: {report.bad_rows[0]}")
+    for key, what in (("duplicate_examples", "repeat an earlier one"), ("leaked_examples", "are held out as well")):
+        if numbers[key]:
+            notes.append(f"{numbers[key]:,} training examples {what}")
+    if data.streaming:
+        notes.append(f"checked on the first {report.rows:,} rows; {data.window:,} rows are shuffled together")
+    mark = encoder.chat.end_mark() if encoder.chat is not None else None
+    if mark is not None and mark != encoder.tokenizer.eos_token:
+        notes.append(
+            f"an answer ends with {mark}, which is not the tokenizer's end token {encoder.tokenizer.eos_token}: "
+            "whoever generates has to stop at it"
+        )
+    if packing is not None:
+        rows = f"{numbers['packed_rows']:,} rows; " if numbers["packed_rows"] else ""
+        notes.append(f"packed in {rows or 'one row a batch; '}{packing.sentence()}")
+    return notes
 
 
 def base_sentence(base: BaseReport) -> str:

@@ -14,16 +14,17 @@ It says what it will do, measures the base, trains, measures again, and leaves a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
-import os
 import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.build import build_data, build_module, is_main_process, open_logger, require_accelerator
 from lorafit.config import Config, config_sha256, start, to_dict
 from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped, reason
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import lightning as L
 
     from lorafit.datamodule import FinetuneDataModule
+    from lorafit.isolation import Isolation
     from lorafit.module import FinetuneModule
 
 log = logging.getLogger(__name__)
@@ -38,11 +40,6 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     start("train", run)
-
-
-def is_main_process() -> bool:
-    """Whether this process writes and prints. With several devices Lightning starts this command once for each."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def run(config: Config, folder: Path) -> float:
@@ -86,11 +83,12 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         StopOnSignal,
         TrainingProgress,
     )
+    from lorafit.data.checks import label_table
     from lorafit.inject import count_parameters, coverage, lora_layers
     from lorafit.memory import memory_by_part, reset_peak
     from lorafit.quant import base_report
     from lorafit.retention import measure_retention
-    from lorafit.tables import console, result_table, samples_table, start_table
+    from lorafit.tables import console, data_notes, result_table, samples_table, source_names, start_table
     from lorafit.trainer import build_trainer, quiet_libraries, total_steps
 
     terminal = console(quiet=not is_main_process())
@@ -106,6 +104,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         # ---- what goes in: data first, since what is wrong with it is known soonest
         data = build_data(config)
         data.setup()
+        data.require_proof()
         metrics["data"] = data.statistics()
         module = build_module(config)
         module.configure_model()
@@ -113,7 +112,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         base = base_report(model)
         assert base is not None
         data.check_vocabulary(model.get_input_embeddings().num_embeddings)
+        packing = prove_packing(config, data, model)
         other_text = retention_text(config, data)
+        metrics["data"]["packing"] = dataclasses.asdict(packing) if packing else None
         if config.model.name != "embedded" and config.data.path == "embedded":
             log.warning("data.path is the embedded toy data set: give data.path=FILE to train on your own")
         trainable, total = count_parameters(model)
@@ -121,7 +122,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
 
         # ---- what will happen
         devices = config.trainer.devices if isinstance(config.trainer.devices, int) else torch.cuda.device_count()
-        steps_per_epoch = max(1, len(data.train_dataloader()) // max(1, devices))
+        # a stream has the length of the run, for each process
+        steps_per_epoch = max(1, len(data.train_dataloader()) // (1 if data.streaming else max(1, devices)))
         steps = total_steps(
             steps_per_epoch,
             config.trainer.accumulate_grad_batches,
@@ -146,7 +148,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
                 trainable=trainable,
                 total=total,
                 data=metrics["data"],
-                data_path=config.data.path,
+                data_path=source_names(config.data.path),
+                data_notes=data_notes(data, packing),
                 optimizer=config.optimizer["_target_"].rpartition(".")[2],
                 learning_rate=config.optimizer["lr"],
                 steps=steps,
@@ -188,6 +191,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         finally:
             metrics["speed"] = step_metrics.totals()
             metrics["memory"] = memory_metrics(memory)
+            metrics["data"] |= {key: value for key, value in data.statistics().items() if data.streaming}
         require_finite(module)
         if not is_main_process():
             return float("nan")
@@ -211,13 +215,15 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             folder / "adapter",
             provenance={
                 "metrics": {key: metrics[key] for key in ("before", "after", "retention")},
-                "data": {"path": config.data.path, "sha256": data.content_hash()} | metrics["data"],
+                "data": {"path": config.data.path, "template": data.template_hash(), "sha256": data.content_hash()}
+                | metrics["data"],
                 "config_sha256": metrics["config_sha256"],
                 "versions": metrics["versions"],
             },
         )
         metrics["status"] = "completed"  # only now: without its adapter a run is not
         log_results(logger, metrics, samples, trainer.global_step)
+        log_labels(logger, label_table(data.encoder, data.train_sequences))
         terminal.print(result_table(metrics))
         if samples and config.task.samples:
             terminal.print(samples_table(samples[: config.task.samples]))
@@ -229,16 +235,14 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         return after["loss"]
 
 
-def require_accelerator(accelerator: str) -> None:
-    """Raise InputError when the accelerator asked for is not there, before anything is loaded for it."""
-    import torch
+def prove_packing(config: Config, data: FinetuneDataModule, model: Any) -> Isolation | None:
+    """The proof that packed examples do not see each other, where any are packed; InputError when there is none."""
+    from lorafit.isolation import require_isolation
 
-    there = {"cpu": True, "gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
-    there |= {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "auto": True}
-    if not there[accelerator]:
-        raise InputError(
-            f"trainer.accelerator={accelerator}: there is none on this machine. Use trainer.accelerator=auto"
-        )
+    if not (config.data.packing or config.data.padding_free):
+        return None
+    setting = "data.packing" if config.data.packing else "data.padding_free"
+    return require_isolation(model, data.sample_for_packing(), int(data.tokenizer.pad_token_id), setting)
 
 
 def require_steps(config: Config, steps: int, folder: Path, resume: Path | None) -> None:
@@ -253,92 +257,6 @@ def require_steps(config: Config, steps: int, folder: Path, resume: Path | None)
     record = folder / "metrics.json"
     if record.is_file() and json.loads(record.read_bytes()).get("status") == "completed":
         raise InputError(f"resume: {config.resume!r} is complete: raise trainer.max_steps above {steps} to go on")
-
-
-# ------------------------------------------------------------------------------------------------ building
-
-
-def build_data(config: Config) -> FinetuneDataModule:
-    """The data module that a configuration asks for, with the model's own tokenizer."""
-    from lorafit.data import load_tokenizer
-    from lorafit.datamodule import FinetuneDataModule
-
-    data = config.data
-    return FinetuneDataModule(
-        data.path,
-        tokenizer=load_tokenizer(
-            config.model.name, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
-        ),
-        eval_path=data.eval_path,
-        eval_fraction=data.eval_fraction,
-        eval_limit=config.task.eval_examples,
-        format=data.format,
-        columns=data.columns,
-        template=data.template,
-        max_length=data.max_length,
-        train_on=data.train_on,
-        batch_size=data.batch_size,
-        eval_batch_size=data.eval_batch_size,
-        num_workers=data.num_workers,
-        limit=data.limit,
-        seed=config.seed,
-    )
-
-
-def build_module(config: Config) -> FinetuneModule:
-    """The module that a configuration asks for; nothing is loaded yet."""
-    import torch
-
-    from lorafit.module import FinetuneModule
-
-    optimizer = dict(config.optimizer)
-    on_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return FinetuneModule(
-        config.model.name,
-        rank=config.rank,
-        alpha=config.alpha,
-        target_modules=config.target_modules,
-        dropout=config.dropout,
-        variant=config.variant,
-        quant=to_dict(config)["quant"],
-        dtype=config.model.dtype,
-        # each process loads onto its own device
-        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_cuda else "cpu",
-        init=config.model.init,
-        attention=config.model.attention,
-        checkpointing=config.model.checkpointing,
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-        optimizer=optimizer.pop("_target_"),
-        optimizer_args=optimizer,
-        scheduler=config.scheduler.name,
-        warmup=config.scheduler.warmup,
-        gradient_clip_val=config.trainer.gradient_clip_val,
-        seed=config.seed,
-    )
-
-
-def open_logger(config: Config, folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """The logger of a run, as a context that closes it."""
-    settings = config.logger
-    if settings is None or not is_main_process():
-        return contextlib.nullcontext()
-    if settings.type == "csv":
-        from lightning.pytorch.loggers import CSVLogger
-
-        return contextlib.nullcontext(CSVLogger(folder, name="csv", version=""))
-    from lorafit.callbacks.wandb import wandb_logger
-
-    assert settings.mode is not None and settings.project is not None
-    return wandb_logger(
-        folder,
-        config=to_dict(config),
-        mode=settings.mode,
-        project=settings.project,
-        name=settings.name,
-        group=settings.group,
-        tags=settings.tags,
-    )
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -357,9 +275,9 @@ def measure(config: Config, data: FinetuneDataModule, model: Any) -> tuple[dict[
     tokenizer: Any = data.tokenizer
     answers = generate(
         model,
-        [data.encoder.encode_prompt(example.prompt) for example in examples],
+        [data.encoder.encode_prompt(example) for example in examples],
         max_new_tokens=config.task.max_new_tokens,
-        end_id=tokenizer.eos_token_id,
+        end_ids=data.encoder.end_ids,
         pad_id=tokenizer.pad_token_id,
     )
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
@@ -394,13 +312,14 @@ def read_texts(path: Path) -> list[str]:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise InputError(f"task.retention_path: {str(path)!r} is not UTF-8 text ({error})") from None
-    from lorafit.data.formats import read_rows
+    from lorafit.data.sources import fields, read_rows
 
     texts = []
-    for where, row in read_rows(path):
-        if not isinstance(row.get("text"), str):
-            raise InputError(f"{where}: the row has no field 'text' to measure retention on")
-        texts.append(row["text"])
+    for row in read_rows(path):
+        text = fields(row).get("text")
+        if not isinstance(text, str):
+            raise InputError(f"{row.where}: the row has no field 'text' to measure retention on")
+        texts.append(text)
     return texts
 
 
@@ -476,6 +395,12 @@ def log_results(logger: Any, metrics: dict[str, Any], samples: list[dict[str, st
     logger.log_metrics(numbers, step=step)
     if hasattr(logger, "log_table") and samples:
         logger.log_table("samples", columns=list(samples[0]), data=[list(sample.values()) for sample in samples])
+
+
+def log_labels(logger: Any, rows: list[dict[str, Any]]) -> None:
+    """What of some examples is trained, as a table where the logger has tables."""
+    if hasattr(logger, "log_table") and rows:
+        logger.log_table("labels", columns=list(rows[0]), data=[list(row.values()) for row in rows])
 
 
 def device_name(device: Any) -> str:

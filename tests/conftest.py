@@ -40,12 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def wandb_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """wandb writes beside the tests' own files, whatever the user's settings are."""
+def folders_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """wandb and the cache of tokens write beside the tests' own files, whatever the user's settings are."""
     folder = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
             patch.setenv(name, str(folder))
+        patch.setenv("LORAFIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY"):
             patch.delenv(name, raising=False)
         yield

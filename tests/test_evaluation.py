@@ -71,7 +71,7 @@ def test_measuring_leaves_no_trace_in_the_model_or_the_generator(sequences, quan
     drawn = torch.get_rng_state()
 
     first = evaluate_loss(model, batches)
-    generate(model, [[5, 6], [7]], max_new_tokens=3, end_id=1, pad_id=2)
+    generate(model, [[5, 6], [7]], max_new_tokens=3, end_ids=[1], pad_id=2)
     measure_retention(model, [list(range(20, 60))], window=16)
 
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -90,7 +90,7 @@ def test_the_mode_comes_back_after_an_error(model) -> None:
 
 def test_a_generated_answer_is_the_greedy_one_token_by_token(model, tokenizer) -> None:
     prompts = [tokenizer(text).input_ids for text in ("The capital of", "What is a turtle?\n", "The plural of cat is")]
-    batched = generate(model, prompts, max_new_tokens=8, end_id=1, pad_id=2)
+    batched = generate(model, prompts, max_new_tokens=8, end_ids=[1], pad_id=2)
     for prompt, answer in zip(prompts, batched, strict=True):
         ids = list(prompt)
         with evaluating(model):
@@ -104,20 +104,20 @@ def test_a_generated_answer_is_the_greedy_one_token_by_token(model, tokenizer) -
 
 def test_answers_come_back_in_the_order_of_their_prompts(model) -> None:
     prompts = [[5] * length for length in (9, 2, 7, 1, 4)]
-    one_by_one = [generate(model, [p], max_new_tokens=5, end_id=1, pad_id=2)[0] for p in prompts]
-    assert generate(model, prompts, max_new_tokens=5, end_id=1, pad_id=2, batch_size=2) == one_by_one
-    assert generate(model, [], max_new_tokens=5, end_id=1, pad_id=2) == []
+    one_by_one = [generate(model, [p], max_new_tokens=5, end_ids=[1], pad_id=2)[0] for p in prompts]
+    assert generate(model, prompts, max_new_tokens=5, end_ids=[1], pad_id=2, batch_size=2) == one_by_one
+    assert generate(model, [], max_new_tokens=5, end_ids=[1], pad_id=2) == []
 
 
 def test_an_empty_prompt_is_answered_as_a_new_text_is(model) -> None:
-    assert generate(model, [[]], max_new_tokens=4, end_id=1, pad_id=2) == generate(
-        model, [[1]], max_new_tokens=4, end_id=1, pad_id=2
+    assert generate(model, [[]], max_new_tokens=4, end_ids=[1], pad_id=2) == generate(
+        model, [[1]], max_new_tokens=4, end_ids=[1], pad_id=2
     )
 
 
 def test_an_answer_stops_before_its_end_token(model) -> None:
-    [[first, *_]] = generate(model, [[5, 6]], max_new_tokens=4, end_id=1, pad_id=2)
-    assert generate(model, [[5, 6]], max_new_tokens=4, end_id=first, pad_id=2) == [[]]
+    [[first, *_]] = generate(model, [[5, 6]], max_new_tokens=4, end_ids=[1], pad_id=2)
+    assert generate(model, [[5, 6]], max_new_tokens=4, end_ids=[first], pad_id=2) == [[]]
 
 
 def test_exact_match_is_the_share_of_equal_answers() -> None:

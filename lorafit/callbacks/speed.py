@@ -42,7 +42,7 @@ class StepMetrics(L.Callback):
     ) -> None:
         assert isinstance(pl_module, FinetuneModule)
         # of this process; the others' batches are about as long
-        self.tokens += int(batch["attention_mask"].sum()) * trainer.world_size
+        self.tokens += int(batch["tokens"]) * trainer.world_size
         if not pl_module.stepped:
             return
         self.steps += 1

@@ -1,192 +1,303 @@
-"""Rows of a data file as examples: a prompt, and the completion that is to be learned.
+"""Rows as conversations: whatever layout people keep their data in, one form comes out.
 
-Two layouts are read: any two columns (`columns={prompt: question, completion: answer}`, or columns of these two
-names), and Alpaca's `instruction`, `input`, `output`. Files of JSON lines are read here, line by line, so that a
-fault is named with its file and line; csv, parquet and data sets of the hub come through the `datasets` library.
-A row that cannot be used is an error that says which row it is: dropping it in silence would train something else.
+    alpaca              instruction, input, output (and system)
+    sharegpt            conversations: [{from: human, value: …}, {from: gpt, value: …}] (and system)
+    chat                messages: [{role: system, content: …}, {role: user, …}, {role: assistant, …}, …]
+    prompt_completion   prompt, completion: texts, or lists of messages (and system)
+    question_answer     question, answer
+    text                text: all of it is learned
+
+The same conversation in any of them is the same `Example`, and so gives the same tokens. The layout is told from the
+first row, or named; `columns` gives its fields other names. A row that does not fit is an error that names its place
+and its fault: dropping it in silence would train something else.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lorafit import embedded
-from lorafit.errors import InputError, did_you_mean, reason
+from lorafit.data.sources import Row, fields, near_columns
+from lorafit.errors import InputError, did_you_mean
 
-FORMATS = ("auto", "prompt_completion", "alpaca")
-Row = tuple[str, Mapping[str, Any]]  # where it stands ("train.jsonl:17"), and its fields
+# what a layout needs, and what it may have
+REQUIRED = {
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+    "chat": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
+    "text": ("text",),
+}
+OPTIONAL = {"alpaca": ("input", "system"), "sharegpt": ("system",), "prompt_completion": ("system",)}
+FORMATS = ("auto", *REQUIRED)
+COLUMNS = tuple(dict.fromkeys(name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names))
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
+}
+# what a message may say beside its content, and would be lost
+_UNREAD = ("tool_calls", "function_call", "reasoning_content", "images", "audio")
+
+
+class Turn(NamedTuple):
+    """What one side says. role: system, user or assistant; trained: whether an answer is to be learned."""
+
+    role: str
+    content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
 class Example:
-    """What the model is given, what it should answer, and where the row stands. The prompt may be empty: then
-    the whole text is trained."""
+    """A conversation, and where its row stands. It ends with an answer; one that is a single answer is plain text."""
 
-    prompt: str
-    completion: str
-    where: str
+    turns: tuple[Turn, ...]
+    where: str = ""
+
+    @classmethod
+    def of(cls, prompt: str, completion: str, where: str = "") -> Example:
+        """One question and its answer; without a prompt, plain text."""
+        return cls((*([Turn("user", prompt)] if prompt else []), Turn("assistant", completion)), where)
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the last answer, for a person: the question, or the conversation with its roles."""
+        before = self.turns[:-1]
+        if len(before) == 1:
+            return before[0].content
+        return "\n".join(f"{turn.role}: {turn.content}" for turn in before)
+
+    @property
+    def completion(self) -> str:
+        """The last answer."""
+        return self.turns[-1].content
+
+    def key(self) -> int:
+        """A hash of the conversation: equal for duplicates, whatever layout they came in."""
+        text = "\x1e".join(f"{turn.role}\x1f{turn.content.strip()}" for turn in self.turns)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+    def position(self) -> float:
+        """Where in [0, 1) the prompt falls by its hash: those below a fraction are held out.
+
+        So the choice does not depend on the order of the file, survives appended rows, and never parts two rows of the
+        same prompt.
+        """
+        digest = hashlib.sha256((self.prompt or self.completion).encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def load_examples(
-    path: str | Path,
-    *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    split: str = "train",
-    limit: int | None = None,
-) -> list[Example]:
-    """The examples of a file (jsonl, json, csv, parquet), a hub data set by name, or "embedded".
+class Formatter:
+    """Turns the rows of one source into examples.
 
-    columns: which fields hold the "prompt" and the "completion". split: of a hub or of the embedded data set.
-    Raises InputError, naming file and row, for what is missing, empty or not text.
+    format: one of FORMATS; "auto" is decided by the first row. columns: other names for the layout's fields, as in
+    ``{prompt: question, completion: answer}`` or ``{messages: dialog}``; they also say which layout it is.
+    max_characters: a row with more text than that is refused. After the first row `format` is the layout's name and
+    `unused` lists the columns that are not read. Raises InputError for a name that does not exist.
     """
-    if format not in FORMATS:
-        raise InputError(
-            f"data.format must be one of {', '.join(FORMATS)}, got {format!r}.{did_you_mean(format, FORMATS)}"
-        )
-    if columns is not None and set(columns) != {"prompt", "completion"}:
-        raise InputError(
-            f"data.columns names the fields of prompt and completion, as in "
-            f"'data.columns={{prompt: question, completion: answer}}'; got {dict(columns)}"
-        )
-    rows = itertools.islice(read_rows(path, split), limit)
-    examples = [_example(row, where, format, columns) for where, row in rows]
-    if not examples:
-        raise InputError(f"data file {str(path)!r} has no rows")
-    return examples
 
+    def __init__(
+        self, format: str = "auto", columns: Mapping[str, str] | None = None, *, max_characters: int | None = None
+    ) -> None:
+        if format not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise InputError(f"data.format must be one of {known}, got {format!r}.{did_you_mean(format, FORMATS)}")
+        self.format, self.columns, self.max_characters = format, dict(columns or {}), max_characters
+        self.unused: list[str] = []
+        self._told = False
+        if self.columns:
+            self._name_by_columns()
 
-def read_rows(path: str | Path, split: str = "train") -> Iterator[Row]:
-    """Each row with the place where it stands."""
-    if str(path) == "embedded":
-        path = embedded.TRAIN if split == "train" else embedded.TEST
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise InputError(f"data path {str(path)!r} is a folder: name one of its files")
-    if file.suffix in (".jsonl", ".ndjson"):
-        return _json_lines(_existing(file))
-    if file.suffix == ".json":
-        return _json_list(_existing(file))
-    if file.suffix in (".csv", ".parquet"):
-        return _dataset(file.suffix[1:], str(file.name), data_files=str(_existing(file)), split="train")
-    if file.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
-        _existing(file)
-        raise InputError(f"data file {str(path)!r} has the ending {file.suffix!r}: jsonl, json, csv or parquet is read")
-    return _dataset(str(path), str(path), split=split)
+    def _name_by_columns(self) -> None:
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise InputError(f"data.columns has no entry {name!r}.{did_you_mean(name, COLUMNS)} {_columns_help()}")
+        if self.format == "auto":
+            for format, required in REQUIRED.items():
+                if set(required) <= self.columns.keys():
+                    self.format = format
+                    break
+            else:
+                raise InputError(f"data.columns={self.columns} names no whole layout. {_columns_help()}")
+        known = (*REQUIRED[self.format], *OPTIONAL.get(self.format, ()))
+        if strange := sorted(set(self.columns) - set(known)):
+            raise InputError(
+                f"data.columns: the format {self.format} has the fields {', '.join(known)}, not {strange[0]!r}"
+            )
 
-
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        near = did_you_mean(file.name, [path.name for path in file.parent.glob("*")] if file.parent.is_dir() else [])
-        raise InputError(f"data file {str(file)!r} does not exist.{near}")
-    if file.stat().st_size == 0:
-        raise InputError(f"data file {str(file)!r} is empty")
-    return file
-
-
-def _json_lines(file: Path) -> Iterator[Row]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}:{number}"
-            if not line.strip():
-                continue
+    def __call__(self, row: Row) -> Example:
+        """The example of a row; raises InputError that names its place."""
+        values, where = fields(row), row.where
+        if self.format == "auto":
+            self.format = _recognise(values, where)
+        if not self._told:
+            self._told = True
+            read = {self.columns.get(name, name) for name in (*REQUIRED[self.format], *OPTIONAL.get(self.format, ()))}
+            self.unused = [str(name) for name in values if name not in read]
+        turns = self._turns(values, where)
+        length = sum(len(turn.content) for turn in turns)
+        if self.max_characters is not None and length > self.max_characters:
+            raise InputError(
+                f"{where}: the row has {length:,} characters, more than the {self.max_characters:,} that "
+                "data.max_length allows for. Cut it into several rows, or raise data.max_length"
+            )
+        for turn in turns:
             try:
-                row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError both
-                raise InputError(f"{where}: the line is not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
-            yield where, row
+                turn.content.encode()
+            except UnicodeEncodeError as error:  # JSON can spell half of a character
+                raise InputError(
+                    f"{where}: the text of the {turn.role} is not valid Unicode ({error.reason})"
+                ) from None
+        return Example(turns, where)
+
+    def _turns(self, values: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+        def field(name: str) -> Any:
+            own = self.columns.get(name, name)
+            if own not in values:
+                names = [str(name) for name in values]
+                raise InputError(
+                    f"{where}: the row has no field {own!r}; it has {', '.join(map(repr, names)) or 'none'}."
+                    f"{near_columns(own, names)} {self._expected()}"
+                )
+            return values[own]
+
+        def text(name: str) -> str:
+            return _text(field(name), f"{where}: field {self.columns.get(name, name)!r}")
+
+        def optional(name: str) -> str:
+            own = self.columns.get(name, name)
+            if name in self.columns and own not in values:
+                field(name)  # asked for by name, so it has to be there
+            return "" if values.get(own) is None else _text(values[own], f"{where}: field {own!r}")
+
+        if self.format == "text":
+            return _answered([], text("text"), where, "text")
+        if self.format in ("chat", "sharegpt"):
+            name = REQUIRED[self.format][0]
+            turns = _messages(field(name), f"{where}: {self.columns.get(name, name)}")
+            if self.format == "sharegpt" and (system := optional("system")).strip():
+                turns.insert(0, Turn("system", system))
+            return _conversation(turns, where)
+        if self.format == "prompt_completion" and isinstance(field("prompt"), list):
+            before = _messages(field("prompt"), f"{where}: {self.columns.get('prompt', 'prompt')}")
+            answer = field("completion")
+            after = (
+                _messages(answer, f"{where}: {self.columns.get('completion', 'completion')}")
+                if isinstance(answer, list)
+                else [Turn("assistant", text("completion"))]
+            )
+            # of a prompt nothing is learned, whoever says it
+            return _conversation([turn._replace(trained=False) for turn in before] + after, where)
+        asked, answered = REQUIRED[self.format]
+        prompt, completion = text(asked), text(answered)
+        if self.format == "alpaca" and (context := optional("input")).strip():
+            prompt = f"{prompt}\n\n{context}"
+        turns = [Turn("user", prompt)] if prompt.strip() else []
+        system = optional("system") if self.format in ("alpaca", "prompt_completion") else ""
+        if system.strip():
+            if not turns:
+                raise InputError(f"{where}: the prompt is empty, but there is a system text")
+            turns.insert(0, Turn("system", system))
+        return _answered(turns, completion, where, self.columns.get(answered, answered))
+
+    def _expected(self) -> str:
+        if self.columns:
+            return "Choose fields with 'data.columns={prompt: NAME, completion: NAME}'."
+        return f"A file has one layout; this one is read as {self.format}. {_columns_help()}"
 
 
-def _json_list(file: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{file}: the file is not JSON ({error}). Is it JSON lines? Name it .jsonl") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{file}: the file must hold one list of objects")
-    for number, row in enumerate(rows, start=1):
-        yield f"{file}: row {number}", row
+def _columns_help() -> str:
+    return "Say which fields hold what: 'data.columns={prompt: NAME, completion: NAME}', {messages: NAME}, {text: NAME}"
 
 
-def _dataset(kind: str, name: str, **options: Any) -> Iterator[Row]:
-    import datasets  # a second of import that JSON lines can do without
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(kind, **options)
-    except Exception as error:  # the library raises many kinds; what a user needs is the name and the reason
-        raise InputError(f"data {name!r} cannot be read: {reason(error)}") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}: row {number}", row
-
-
-def _example(row: Mapping[str, Any], where: str, format: str, columns: Mapping[str, str] | None) -> Example:
-    if columns is not None:
-        prompt, completion = (_text(row, columns[key], where) for key in ("prompt", "completion"))
-    elif format == "alpaca" or (format == "auto" and "instruction" in row and "output" in row):
-        completion = _text(row, "output", where)
-        prompt = alpaca_prompt(_text(row, "instruction", where), _text(row, "input", where) if row.get("input") else "")
-    elif format == "prompt_completion" or ("prompt" in row and "completion" in row):
-        prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
-    else:
-        raise InputError(
-            f"{where}: no format fits the fields {', '.join(map(repr, row))}. Say which hold the prompt and the "
-            f"completion: 'data.columns={{prompt: NAME, completion: NAME}}'"
-        )
-    if not completion.strip():
-        raise InputError(f"{where}: the completion is empty, so nothing of this row would be trained")
-    return Example(prompt, completion, where)
+def _recognise(values: Mapping[str, Any], where: str) -> str:
+    conversations = values.get("conversations")
+    if isinstance(conversations, list) and conversations and isinstance(conversations[0], Mapping):
+        # both names are in use for both kinds of message
+        return "sharegpt"
+    for format in ("chat", "alpaca", "prompt_completion", "question_answer", "text"):
+        if all(name in values for name in REQUIRED[format]):
+            return format
+    if "conversations" in values:
+        return "sharegpt"
+    shown = ", ".join(map(repr, values)) or "none"
+    raise InputError(f"{where}: no format fits the fields {shown}. {_columns_help()}")
 
 
-def alpaca_prompt(instruction: str, context: str = "") -> str:
-    """An instruction, with the text it is about when there is one, under the headings that Alpaca made common."""
-    parts = [f"### Instruction:\n{instruction}", f"### Input:\n{context}" if context else "", "### Response:"]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _text(row: Mapping[str, Any], field: str, where: str) -> str:
-    if field not in row:
-        names = [str(name) for name in row]
-        raise InputError(
-            f"{where}: the row has no field {field!r}; it has {', '.join(map(repr, names))}."
-            f"{did_you_mean(field, names)} Choose fields with 'data.columns={{prompt: NAME, completion: NAME}}'."
-        )
-    value = row[field]
+def _text(value: Any, what: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InputError(f"{where}: field {field!r} must be text, it is {type(value).__name__}")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character
-        raise InputError(f"{where}: field {field!r} is not valid Unicode ({error.reason})") from None
+        kind = "null" if value is None else type(value).__name__
+        raise InputError(f"{what} must be text, it is {kind}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{what} must be text, it is {value}")
     return str(value)
 
 
-def split_held_out(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """(train, held out): a row is held out by a hash of its prompt, so that the choice does not depend on the order
-    of the file, survives appended rows, and never parts two rows of the same prompt.
+def _answered(turns: list[Turn], completion: str, where: str, field: str) -> tuple[Turn, ...]:
+    if not completion.strip():
+        raise InputError(f"{where}: the completion (field {field!r}) is empty, so nothing of this row would be trained")
+    return (*turns, Turn("assistant", completion))
 
-    Raises InputError when either side would be empty.
-    """
 
-    def position(example: Example) -> float:
-        digest = hashlib.sha256((example.prompt or example.completion).encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
+def _messages(value: Any, what: str) -> list[Turn]:
+    if not isinstance(value, list):
+        kind = "null" if value is None else type(value).__name__
+        raise InputError(f"{what} must be a list of turns, it is {kind}")
+    return [_message(item, f"{what}[{index}]") for index, item in enumerate(value)]
 
-    positions = [position(example) for example in examples]
-    # in a small file nothing may fall below the fraction: then the lowest is taken
-    bound = max(fraction, min(positions) * (1 + 1e-9) + 1e-300)
-    train = [example for example, at in zip(examples, positions, strict=True) if at >= bound]
-    held_out = [example for example, at in zip(examples, positions, strict=True) if at < bound]
-    if not train:
-        raise InputError(
-            f"{len(examples)} rows of one prompt are too few to hold some out: give data.eval_path, or more rows"
-        )
-    return train, held_out
+
+def _message(item: Any, what: str) -> Turn:
+    if not isinstance(item, Mapping):
+        raise InputError(f"{what}: a turn must be an object with role and content, it is {type(item).__name__}")
+    pair = next((pair for pair in (("role", "content"), ("from", "value")) if pair[0] in item), None)
+    if pair is None or pair[1] not in item:
+        wanted = "role and content, or from and value" if pair is None else f"{pair[0]} and {pair[1]}"
+        raise InputError(f"{what}: a turn needs {wanted}; this one has {', '.join(map(repr, item)) or 'nothing'}")
+    role = item[pair[0]]
+    if not isinstance(role, str) or role not in _ROLES:
+        hint = did_you_mean(role, _ROLES) if isinstance(role, str) else ""
+        if role in ("tool", "function", "observation", "function_call", "ipython"):
+            hint = " Tool calls are not read."
+        raise InputError(f"{what}: the role {role!r} is none of system, user, assistant (or human, gpt, model).{hint}")
+    for name in _UNREAD:
+        if item.get(name):
+            raise InputError(f"{what}: {name!r} is not read, and the turn would be trained without it")
+    content = item[pair[1]]
+    if isinstance(content, list):  # the parts of OpenAI's format
+        parts = [part if isinstance(part, Mapping) else {} for part in content]
+        if not content or any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in parts):
+            raise InputError(f"{what}: of content in parts only {{type: text, text: …}} is read")
+        content = "".join(part["text"] for part in parts)
+    content = _text(content, f"{what}: {pair[1]}")
+    if not content.strip():
+        raise InputError(f"{what}: the turn of the {_ROLES[role]} is empty")
+    weight = next((item[name] for name in ("weight", "train") if item.get(name) is not None), 1)
+    if weight not in (0, 1):  # True and False too
+        raise InputError(f"{what}: weight must be 0 or 1, got {weight!r}")
+    return Turn(_ROLES[role], content, bool(weight))
+
+
+def _conversation(turns: list[Turn], where: str) -> tuple[Turn, ...]:
+    """The turns, when they are a conversation: perhaps a system text, then user and assistant in turn to an answer."""
+    talk = turns[1:] if turns and turns[0].role == "system" else turns
+    if not talk:
+        raise InputError(f"{where}: the conversation has no turn that could be trained")
+    for index, turn in enumerate(talk):
+        expected = ("user", "assistant")[index % 2]
+        if turn.role != expected:
+            place = len(turns) - len(talk) + index
+            before = f"after one of the {talk[index - 1].role}" if index else "at the beginning"
+            raise InputError(
+                f"{where}: turn {place} is the {turn.role}'s {before}, where the {expected}'s was to come: "
+                "user and assistant speak in turn"
+            )
+    if talk[-1].role != "assistant":
+        raise InputError(f"{where}: the conversation ends with the user's turn, which nothing answers")
+    if not any(turn.trained for turn in talk if turn.role == "assistant"):
+        raise InputError(f"{where}: every answer has weight 0, so nothing of this row would be trained")
+    return tuple(turns)

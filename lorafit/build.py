@@ -1,0 +1,135 @@
+"""The one place where a configuration meets code: from a checked `Config` to the data, the model and the logger of a
+run.
+
+Every program builds with these, so that `audit` looks at just what `train` would train. Below this floor
+functions take flat, typed arguments, and nobody has heard of Hydra.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.config import Config, to_dict
+from lorafit.errors import InputError
+
+if TYPE_CHECKING:
+    from lorafit.datamodule import FinetuneDataModule
+    from lorafit.module import FinetuneModule
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints. With several devices Lightning starts this command once for each."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def require_accelerator(accelerator: str) -> None:
+    """Raise InputError when the accelerator asked for is not there, before anything is loaded for it."""
+    import torch
+
+    there = {"cpu": True, "gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
+    there |= {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "auto": True}
+    if not there[accelerator]:
+        raise InputError(
+            f"trainer.accelerator={accelerator}: there is none on this machine. Use trainer.accelerator=auto"
+        )
+
+
+def build_data(config: Config) -> FinetuneDataModule:
+    """The data module that a configuration asks for, with the model's own tokenizer."""
+    from lorafit.data import load_tokenizer
+    from lorafit.datamodule import FinetuneDataModule
+
+    data = config.data
+    return FinetuneDataModule(
+        data.path,
+        tokenizer=load_tokenizer(
+            config.model.name, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
+        ),
+        eval_path=data.eval_path,
+        eval_fraction=data.eval_fraction,
+        eval_limit=config.task.eval_examples,
+        format=data.format,
+        columns=data.columns,
+        subset=data.subset,
+        split=data.split,
+        eval_split=data.eval_split,
+        template=data.template,
+        max_length=data.max_length,
+        train_on=data.train_on,
+        overflow=data.overflow,
+        system=data.system,
+        on_bad_row=data.on_bad_row,
+        packing=data.packing,
+        padding_free=data.padding_free,
+        group_by_length=data.group_by_length,
+        streaming=data.streaming,
+        window=data.window,
+        stream_batches=(config.trainer.max_steps or 0) * config.trainer.accumulate_grad_batches or None,
+        cache=data.cache,
+        max_lost=data.max_lost,
+        allow=data.allow,
+        batch_size=data.batch_size,
+        eval_batch_size=data.eval_batch_size,
+        num_workers=data.num_workers,
+        limit=data.limit,
+        seed=config.seed,
+    )
+
+
+def build_module(config: Config) -> FinetuneModule:
+    """The module that a configuration asks for; nothing is loaded yet."""
+    import torch
+
+    from lorafit.module import FinetuneModule
+
+    optimizer = dict(config.optimizer)
+    on_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return FinetuneModule(
+        config.model.name,
+        rank=config.rank,
+        alpha=config.alpha,
+        target_modules=config.target_modules,
+        dropout=config.dropout,
+        variant=config.variant,
+        quant=to_dict(config)["quant"],
+        dtype=config.model.dtype,
+        # each process loads onto its own device
+        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_cuda else "cpu",
+        init=config.model.init,
+        attention=config.model.attention,
+        checkpointing=config.model.checkpointing,
+        trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision,
+        optimizer=optimizer.pop("_target_"),
+        optimizer_args=optimizer,
+        scheduler=config.scheduler.name,
+        warmup=config.scheduler.warmup,
+        gradient_clip_val=config.trainer.gradient_clip_val,
+        seed=config.seed,
+    )
+
+
+def open_logger(config: Config, folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """The logger of a run, as a context that closes it."""
+    settings = config.logger
+    if settings is None or not is_main_process():
+        return contextlib.nullcontext()
+    if settings.type == "csv":
+        from lightning.pytorch.loggers import CSVLogger
+
+        return contextlib.nullcontext(CSVLogger(folder, name="csv", version=""))
+    from lorafit.callbacks.wandb import wandb_logger
+
+    assert settings.mode is not None and settings.project is not None
+    return wandb_logger(
+        folder,
+        config=to_dict(config),
+        mode=settings.mode,
+        project=settings.project,
+        name=settings.name,
+        group=settings.group,
+        tags=settings.tags,
+    )

@@ -1,0 +1,231 @@
+"""Proof of what is trained, from the tokens themselves.
+
+Labels are made by character spans (tokens.py). Here they are checked by another road: the trained tokens are turned
+back into text, and that text must be the answers and the marks that close them, and nothing else. What that and the
+other checks find is a `Refusal`: it says what is wrong, how to go on, and under which name `data.allow` lets it pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lorafit.data.formats import Example
+from lorafit.data.store import Sequences
+from lorafit.data.tokens import Encoded, Encoder
+
+CHECKS = {
+    "no_supervised_token": "no token of the data is trained",
+    "end_masked": "the end token is never trained",
+    "prompt_trained": "a token of a prompt is trained under data.train_on=completion",
+    "answer_masked": "a part of an answer is not trained",
+    "answer_lost": "more answers are lost to data.max_length than data.max_lost allows",
+    "template_mismatch": "the chat template closes answers with marks that the tokenizer does not know",
+    "opening_differs": "the chat template opens an answer differently in use than in training",
+    "doubled_special": "a special token stands twice at the start",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A check that the data did not pass. check: its name, one of CHECKS."""
+
+    check: str
+    message: str
+
+
+def check_labels(encoder: Encoder, example: Example, encoded: Encoded) -> Refusal | None:
+    """Hold the trained tokens of one uncut example against its answers; None when they are just those."""
+    if encoder.train_on == "all":
+        return None
+    decode: Any = encoder.tokenizer.decode
+    answers = [turn for turn in example.turns if turn.role == "assistant"]
+    chosen = answers[-1:] if encoder.train_on == "last_turn" else answers
+    ids = encoded.ids[encoded.trained].tolist()
+    rest = _plain(decode(ids))
+    if len(example.turns) == 1:  # of a text the first token may have no place to be predicted from
+        whole = _plain(answers[0].content)
+        known = (
+            rest[: -len(mark)] if (mark := _plain(str(encoder.tokenizer.eos_token))) and rest.endswith(mark) else rest
+        )
+        return None if known and whole.endswith(known) else _masked(example, whole)
+    for turn in chosen:
+        if not turn.trained:
+            continue
+        # as the tokenizer gives it back, which may be without accents or capitals
+        for answer in (_plain(turn.content), _plain(decode(_ids(encoder, turn.content)))):
+            if answer in rest:
+                rest = rest.replace(answer, "", 1)
+                break
+        else:
+            return _masked(example, turn.content)
+    special = {token.content for token in encoder.tokenizer.added_tokens_decoder.values()}
+    special.add(str(encoder.tokenizer.eos_token))
+    for token in sorted(special, key=len, reverse=True):
+        rest = rest.replace(_plain(token), "")
+    if rest:
+        return Refusal(
+            "prompt_trained",
+            f"{example.where}: beside the answer {_short(rest)} is trained. The chat template marks more than the "
+            "answers: correct its {% generation %} marks, or take data.template=plain",
+        )
+    return None
+
+
+def _masked(example: Example, answer: str) -> Refusal:
+    return Refusal(
+        "answer_masked",
+        f"{example.where}: the answer {_short(answer)} is not trained as a whole. The chat template or the tokenizer "
+        "changes it: correct the template, or take data.template=plain",
+    )
+
+
+def _ids(encoder: Encoder, text: str) -> list[int]:
+    return encoder.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _plain(text: str) -> str:
+    """Without white space, which tokenizers and templates add and drop at the edges."""
+    return re.sub(r"\s+", "", text)
+
+
+def _short(text: str, width: int = 60) -> str:
+    return repr(text if len(text) <= width else f"{text[:width]}…")
+
+
+def check_template(encoder: Encoder) -> list[Refusal]:
+    """What can be said of the template before any row is read."""
+    chat, found = encoder.chat, []
+    if chat is None:
+        return []
+    if marks := chat.unknown_marks():
+        found.append(
+            Refusal(
+                "template_mismatch",
+                f"the chat template closes an answer with {marks[0]!r}, which is no token of this tokenizer: the "
+                "template belongs to another one. Take the tokenizer that it came with, or data.template=plain",
+            )
+        )
+    asked, answered = chat.opening()
+    if not answered.startswith(asked) and not chat.marked:
+        found.append(
+            Refusal(
+                "opening_differs",
+                f"in use the chat template opens an answer with {_short(asked)}, but writes {_short(answered)} before "
+                "an answer that is there: the model would not be asked what it was trained on. Take "
+                "data.template=plain, or a template without that difference",
+            )
+        )
+    return found
+
+
+def check_sequences(
+    encoder: Encoder, sequences: Sequences, *, lost: int, examples: int, max_lost: float, lengths: Seq[int]
+) -> list[Refusal]:
+    """What the tokens show. lost: how many of `examples` lost their answer, or a part of it, to max_length;
+    lengths: tokens of each before anything was cut."""
+    if not sequences.trained.any():
+        return [
+            Refusal(
+                "no_supervised_token",
+                f"none of the {examples:,} examples has a token to train within data.max_length={encoder.max_length}: "
+                "raise it, or look at the rows with `python -m lorafit.audit`",
+            )
+        ]
+    found = []
+    share = lost / examples if examples else 0.0
+    if share > max_lost:
+        needed = sorted(lengths)
+        at = [int(needed[min(len(needed) - 1, int(quantile * len(needed)))]) for quantile in (0.95, 0.99)]
+        found.append(
+            Refusal(
+                "answer_lost",
+                f"{lost:,} of {examples:,} examples ({share:.1%}) lose their answer to data.max_length="
+                f"{encoder.max_length}; data.max_lost allows {max_lost:.0%}. 95 % fit in {at[0]:,} tokens, 99 % in "
+                f"{at[1]:,}: raise data.max_length, choose data.overflow=truncate_prompt, or raise data.max_lost",
+            )
+        )
+    ends = np.isin(sequences.ids[sequences.trained], encoder.end_ids)
+    if not ends.any():
+        names = ", ".join(repr(encoder.tokenizer.decode([token])) for token in encoder.end_ids)
+        found.append(
+            Refusal(
+                "end_masked",
+                f"the end token ({names}) is trained in none of the examples, so the model would never stop. Raise "
+                "data.max_length, or choose a data.overflow that keeps the ends of answers",
+            )
+        )
+    long = sequences.offsets[:-1][sequences.lengths > 1]
+    first, second = sequences.ids[long], sequences.ids[long + 1]
+    special = np.array(sorted({*encoder.tokenizer.all_special_ids}), dtype=np.int64)
+    doubled = np.flatnonzero((first == second) & np.isin(first, special))
+    if len(doubled):
+        index = int(np.flatnonzero(sequences.lengths > 1)[doubled[0]])
+        name = encoder.tokenizer.decode([int(first[doubled[0]])])
+        found.append(
+            Refusal(
+                "doubled_special",
+                f"{sequences.place(index)}: {name!r} stands twice at the start, as in {len(doubled):,} examples: the "
+                "text or the template has it, and the tokenizer adds it. Take it out of one of them",
+            )
+        )
+    return found
+
+
+def one_of_each(refusals: Iterable[Refusal], allow: Iterable[str] = ()) -> list[Refusal]:
+    """The first refusal of each check, in the order of CHECKS, without those that are allowed."""
+    first: dict[str, Refusal] = {}
+    for refusal in refusals:
+        first.setdefault(refusal.check, refusal)
+    return [first[check] for check in CHECKS if check in first and check not in set(allow)]
+
+
+def label_table(encoder: Encoder, sequences: Sequences, count: int = 8) -> list[dict[str, Any]]:
+    """The first examples as they are trained: where the row stands, its tokens, and its text in two parts."""
+    rows = []
+    for index in range(min(count, len(sequences))):
+        start, end = sequences.offsets[index], sequences.offsets[index + 1]
+        ids, trained = sequences.ids[start:end], sequences.trained[start:end]
+        rows.append(
+            {
+                "row": sequences.place(index),
+                "tokens": len(ids),
+                "trained_tokens": int(trained.sum()),
+                "masked": encoder.tokenizer.decode(ids[~trained].tolist()),
+                "trained": encoder.tokenizer.decode(ids[trained].tolist()),
+            }
+        )
+    return rows
+
+
+def token_rows(encoder: Encoder, example: Example, width: int | None = None) -> list[dict[str, Any]]:
+    """The tokens of one example as they would be trained: [{"text", "trained", "cut"}], at most `width` of them."""
+    encoded = encoder.encode(example)
+    _, cut = encoder.fit(encoded, example.where) if encoder.overflow != "error" else (None, encoded.trained & False)
+    texts = _texts(encoder, encoded.ids.tolist())
+    rows = [
+        {"text": text, "trained": bool(flag and not gone), "cut": bool(gone)}
+        for text, flag, gone in zip(texts, encoded.trained, cut, strict=True)
+    ]
+    return rows[:width]
+
+
+def _texts(encoder: Encoder, ids: list[int]) -> list[str]:
+    """The text of each token; of a character in several tokens the first shows it, the others are empty."""
+    decode = encoder.tokenizer.decode
+    texts, start, shown = [], 0, ""
+    for end in range(1, len(ids) + 1):
+        whole = str(decode(ids[start:end]))
+        if whole.endswith("�") and end - start < 8:
+            texts.append("")
+            continue
+        text = whole[len(shown) :] if whole.startswith(shown) else whole
+        texts.append(text)
+        # a window of a few tokens, so that spaces between tokens are seen, and time stays linear
+        start = max(start, end - 1)
+        shown = str(decode(ids[start:end]))
+    return texts

@@ -1,0 +1,322 @@
+"""Everything that is read before the first step: rows, examples, tokens, and which of them are held out.
+
+    corpus = read_corpus(sources, encoder, eval_fraction=0.05)      all rows, tokenized, or found in the cache
+
+Every row is accounted for: it is trained, held out, dropped for its length, or skipped as a bad one, and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorafit import embedded
+from lorafit.data import store
+from lorafit.data.checks import Refusal, check_labels
+from lorafit.data.formats import Example, Formatter, Turn
+from lorafit.data.sources import Row, Source, draw_rows, folder_files, has_held_out_files
+from lorafit.data.store import Builder, Sequences
+from lorafit.data.tokens import Encoded, Encoder
+from lorafit.errors import InputError
+
+log = logging.getLogger(__name__)
+
+ON_BAD_ROW = ("error", "skip")
+_CHUNK = 512  # rows that are tokenized together
+_CACHE_VERSION = 1  # to be raised with every change of what tokens or labels a row gives
+_LISTED = 20  # of the bad rows that were skipped
+# labels are read back as text for the first examples of a source and then for one in so many
+_CHECKED_FIRST, _CHECKED_THEN = 64, 64
+
+
+@dataclass
+class Report:
+    """What became of the rows. `skipped` of `rows` were bad ones, the first of them in `bad_rows`; `dropped` and
+    `truncated` examples were longer than max_length; `lost` lost their answer or a part of it. `formats` and `unused`:
+    of each source its layout and the columns that are not read. `faults`: see `check_labels`."""
+
+    rows: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    lost: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    formats: list[str] = field(default_factory=list)
+    unused: list[list[str]] = field(default_factory=list)
+    faults: list[Refusal] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of the training examples before anything was cut
+
+    def skip(self, error: InputError) -> None:
+        """Count a bad row."""
+        self.skipped += 1
+        if len(self.bad_rows) < _LISTED:
+            self.bad_rows.append(str(error))
+
+    def add(self, other: Report) -> None:
+        """Add what another stretch of the same data gave."""
+        for name in ("rows", "skipped", "dropped", "truncated", "lost"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.bad_rows = [*self.bad_rows, *other.bad_rows][:_LISTED]
+        self.faults = [*self.faults, *other.faults][:_LISTED]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Report:
+        return cls(**values | {"faults": [Refusal(**item) for item in values["faults"]]})
+
+
+@dataclass
+class Corpus:
+    """The tokenized data of a run. `sizes`: how many of the training examples each source gave, in order."""
+
+    train: Sequences
+    held_out: Sequences
+    held_out_examples: list[Example]
+    sizes: list[int]
+    report: Report
+
+
+class Pipeline:
+    """Rows to tokens: reads, checks, encodes and cuts, and keeps the accounts. One for training rows, one for
+    others."""
+
+    def __init__(self, sources: list[Source], encoder: Encoder, *, on_bad_row: str = "error") -> None:
+        self.sources, self.encoder, self.on_bad_row = sources, encoder, on_bad_row
+        # what could not fit even if every token stood for a long word: it would only cost time
+        characters = max(100_000, 64 * encoder.max_length)
+        self.formatters = [Formatter(s.format, s.columns, max_characters=characters) for s in sources]
+        self.report = Report()
+
+    def examples(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Example]]:
+        """Each good row's example with the number of its source."""
+        for number, row in rows:
+            self.report.rows += 1
+            try:
+                yield number, self.formatters[number](row)
+            except InputError as error:
+                self.bad(error)
+
+    def bad(self, error: InputError) -> None:
+        """Raise the error of a bad row, or count it."""
+        if self.on_bad_row == "error":
+            raise InputError(f"{error}. (data.on_bad_row=skip leaves out bad rows, and counts them.)") from None
+        self.report.skip(error)
+
+    def encode(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Example, Encoded]]:
+        """Each good row's example, uncut."""
+        examples = self.examples(rows)
+        while chunk := list(itertools.islice(examples, _CHUNK)):
+            for (number, example), found in zip(
+                chunk, self.encoder.encode_all(example for _, example in chunk), strict=True
+            ):
+                if isinstance(found, InputError):
+                    self.bad(found)
+                else:
+                    yield number, example, found
+
+    def fit(self, example: Example, encoded: Encoded, report: Report | None = None) -> Encoded | None:
+        """What is left of an example within max_length, counted in a report of its own or the pipeline's."""
+        report = report or self.report
+        try:
+            kept, cut = self.encoder.fit(encoded, example.where)
+        except InputError as error:
+            self.bad(error)
+            return None
+        if kept is None:
+            report.dropped += 1
+            report.lost += 1
+        elif cut.any():
+            report.truncated += 1
+            report.lost += bool((cut & encoded.trained).any())
+        return kept
+
+    def finish(self) -> Report:
+        """The accounts, with the layouts that were found."""
+        self.report.formats = [formatter.format for formatter in self.formatters]
+        self.report.unused = [formatter.unused for formatter in self.formatters]
+        return self.report
+
+    def describe(self) -> str:
+        return ", ".join(repr(source.path) for source in self.sources)
+
+
+def read_corpus(
+    sources: list[Source],
+    encoder: Encoder,
+    *,
+    eval_sources: list[Source] | None = None,
+    eval_fraction: float = 0.05,
+    eval_limit: int | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    eval_split: str = "test",
+    on_bad_row: str = "error",
+    cache: bool = False,
+) -> Corpus:
+    """All rows of the sources, tokenized, and those held out: of `eval_sources`, or of folders that have files of their
+    own to measure on, or else the share `eval_fraction` of the rows, by a hash of the prompt.
+
+    limit: read so many rows; eval_limit: hold so many out in use. cache: look in the cache first, and leave
+    what was read there. Raises InputError for what cannot be read, and where either side would be empty.
+    """
+    eval_sources = eval_sources or held_out_sources(sources)
+    folder = None
+    if cache:
+        options = dict(locals())
+        kept = ("eval_fraction", "eval_limit", "limit", "split", "eval_split", "on_bad_row")
+        key = _cache_key(sources, eval_sources, encoder, {name: options[name] for name in kept})
+        folder = store.cache_folder() / key if key else None
+    if folder is not None and (found := store.load(folder, ("train", "held_out"))):
+        parts, meta = found
+        examples = [Example(tuple(Turn(*turn) for turn in turns), where) for turns, where in meta["examples"]]
+        return Corpus(parts["train"], parts["held_out"], examples, meta["sizes"], Report.of(meta["report"]))
+    corpus = _read(sources, encoder, eval_sources, eval_fraction, eval_limit, limit, split, eval_split, on_bad_row)
+    if folder is not None:
+        meta = {
+            "examples": [[example.turns, example.where] for example in corpus.held_out_examples],
+            "sizes": corpus.sizes,
+            "report": corpus.report.as_dict(),
+        }
+        store.save(folder, {"train": corpus.train, "held_out": corpus.held_out}, meta)
+    return corpus
+
+
+def held_out_sources(sources: list[Source]) -> list[Source] | None:
+    """The sources that hold rows out by themselves: the embedded data, and folders with files for it."""
+    found = [source for source in sources if source.path == "embedded" or has_held_out_files(source.path)]
+    return found or None
+
+
+def _read(
+    sources: list[Source],
+    encoder: Encoder,
+    eval_sources: list[Source] | None,
+    eval_fraction: float,
+    eval_limit: int | None,
+    limit: int | None,
+    split: str,
+    eval_split: str,
+    on_bad_row: str,
+) -> Corpus:
+    pipeline = Pipeline(sources, encoder, on_bad_row=on_bad_row)
+    report, others = pipeline.report, Report()
+    train, held_out, examples = Builder(), Builder(), []
+    sizes, checked = [0] * len(sources), [0] * len(sources)
+    lowest: tuple[float, int, int, Example] | None = None  # position, place in train, source
+    said = time.monotonic()
+    for number, example, encoded in pipeline.encode(itertools.islice(draw_rows(sources, split), limit)):
+        checked[number] += 1
+        if checked[number] <= _CHECKED_FIRST or checked[number] % _CHECKED_THEN == 0:
+            report.faults += [fault for fault in [check_labels(encoder, example, encoded)] if fault]
+        position = example.position() if eval_sources is None else 1.0
+        if position < eval_fraction:
+            if eval_limit is None or len(held_out) < eval_limit:
+                if (kept := pipeline.fit(example, encoded, others)) is not None:
+                    held_out.add(kept, example.key(), example.where)
+                    examples.append(example)
+            continue
+        report.lengths.append(len(encoded.ids))
+        if (kept := pipeline.fit(example, encoded)) is not None:
+            if lowest is None or position < lowest[0]:
+                lowest = (position, len(train), number, example)
+            train.add(kept, example.key(), example.where)
+            sizes[number] += 1
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            log.info(f"tokenizing … {len(train):,} examples")
+    report = pipeline.finish()
+    if not report.rows:
+        raise InputError(f"data file {pipeline.describe()} has no rows")
+    if report.rows == report.skipped:
+        raise InputError(
+            f"every row of {pipeline.describe()} was skipped as a bad one; the first: {report.bad_rows[0]}"
+        )
+    if eval_sources is not None:
+        other = Pipeline(eval_sources, encoder, on_bad_row=on_bad_row)
+        for _, example, encoded in other.encode(draw_rows(eval_sources, eval_split)):
+            if eval_limit is not None and len(held_out) >= eval_limit:
+                break
+            if (kept := other.fit(example, encoded)) is not None:
+                held_out.add(kept, example.key(), example.where)
+                examples.append(example)
+        if not other.report.rows:
+            raise InputError(f"data file {other.describe()} has no rows")
+        if not len(held_out):
+            raise InputError(
+                f"no row of {other.describe()} can be measured on within data.max_length={encoder.max_length}"
+            )
+        report.skipped += other.report.skipped
+        report.bad_rows = [*report.bad_rows, *other.report.bad_rows][:_LISTED]
+    sequences = train.sequences()
+    if not len(held_out) and lowest is not None and len(train) > 1:
+        # in a small file nothing may fall below the fraction: then the lowest is taken
+        _, place, number, example = lowest
+        other_prompts = [index for index in range(len(train)) if index != place]
+        held = sequences.select(np.array([place]))
+        sequences, examples = sequences.select(np.array(other_prompts)), [example]
+        sizes[number] -= 1
+        return Corpus(sequences, held, examples, sizes, report)
+    return Corpus(sequences, held_out.sequences(), examples, sizes, report)
+
+
+# ------------------------------------------------------------------------------------------------ the cache's key
+
+
+def _cache_key(
+    sources: list[Source], eval_sources: list[Source] | None, encoder: Encoder, options: dict[str, Any]
+) -> str | None:
+    """A hash of all that tokens and labels depend on; None where it cannot be known (a data set of the hub)."""
+    contents = [_content(source, str(options["split"])) for source in sources]
+    contents += [_content(source, str(options["eval_split"])) for source in eval_sources or []]
+    if None in contents or encoder.tokenizer.is_fast is False:
+        return None
+    chat = encoder.chat
+    parts = {
+        "version": _CACHE_VERSION,
+        "libraries": [version(name) for name in ("tokenizers", "transformers")],
+        "sources": [asdict(source) for source in [*sources, *(eval_sources or [])]],
+        "contents": contents,
+        "options": options,
+        "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in encoder.tokenizer.special_tokens_map.items()},
+        "template": [chat.source, chat.system] if chat is not None else ["plain", str(encoder.plain.headings)],
+        # a template that knows what day it is gives other tokens tomorrow
+        "day": str(date.today()) if chat is not None and "strftime_now" in chat.source else None,
+        "encoder": [encoder.max_length, encoder.train_on, encoder.overflow],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _content(source: Source, split: str) -> list[tuple[str, str]] | None:
+    """(name, hash) of every file of a source, or None where there are no files."""
+    path = Path(source.path).expanduser()
+    if source.path == "embedded":
+        files = [embedded.TRAIN if split == "train" else embedded.TEST]
+    elif path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+        else:
+            files = folder_files(path, split)
+    elif path.is_file():
+        files = [path]
+    else:
+        return None
+    return [(str(file), _sha256(file)) for file in files]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

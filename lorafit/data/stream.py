@@ -1,0 +1,214 @@
+"""Data larger than memory: rows are read, tokenized and packed a window at a time, while training goes on.
+
+A window is so many rows in a row of the stream; within it the examples are shuffled and put into batches, so that what
+is held at once does not depend on the size of the file. Windows are numbered: worker processes take turns with
+them, and the batches come in the same order with any number of workers. A checkpoint holds the number of the window
+and of the batch in it; to go on, the rows before it are read past, unparsed.
+
+The loader has the length of the whole run and goes through the data as often as that takes: how long an epoch is
+would only be known at its end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lorafit.data.corpus import Pipeline, Report
+from lorafit.data.formats import Formatter
+from lorafit.data.loader import Batch, ResumableLoader, collate_rows
+from lorafit.data.packing import best_fit
+from lorafit.data.sources import Row, Source, draw_rows, read_rows
+from lorafit.data.store import Builder, Sequences
+from lorafit.data.tokens import Encoder
+from lorafit.errors import InputError
+
+
+@dataclass
+class Window:
+    """The examples of a window, and what became of its rows; or the error that ended it."""
+
+    sequences: Sequences
+    report: Report
+    error: str | None = None
+
+
+class _Windows(IterableDataset):
+    """Windows first, first + replicas, …: of this replica, from its window number `skip` on."""
+
+    def __init__(self, stream: StreamLoader, epoch: int, skip: int) -> None:
+        self.stream, self.epoch, self.skip = stream, epoch, skip
+
+    def __iter__(self) -> Iterator[Window]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        stream = self.stream
+        step = stream.replicas * count
+        wanted = stream.replica + stream.replicas * (self.skip + number)
+        rows = stream.rows(self.epoch)
+        rows = itertools.islice(rows, wanted * stream.window, None)
+        while True:
+            mine = list(itertools.islice(rows, stream.window))
+            if not mine:
+                return
+            try:
+                yield stream.read(mine)
+            except InputError as error:
+                # raised again by the process that trains: torch would wrap it in a traceback of its own
+                yield Window(Builder().sequences(), Report(), str(error))
+                return
+            # read past the windows of the others
+            for _ in itertools.islice(rows, (step - 1) * stream.window):
+                pass
+
+
+class StreamLoader:
+    """`length` batches from a stream of rows; `state_dict()` says where it stands, as ResumableLoader's does.
+
+    window: rows that are shuffled together. eval_fraction: rows whose prompt falls below it by its hash are held out
+    and not trained. packing: rows of at most the encoder's max_length. `report` counts what was read so far.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        encoder: Encoder,
+        *,
+        length: int,
+        batch_size: int,
+        pad_id: int,
+        window: int = 4096,
+        packing: bool = False,
+        padding_free: bool = False,
+        group_by_length: bool = False,
+        eval_fraction: float = 0.0,
+        limit: int | None = None,
+        split: str = "train",
+        on_bad_row: str = "error",
+        seed: int = 0,
+        num_workers: int = 0,
+        replica: int = 0,
+        replicas: int = 1,
+    ) -> None:
+        self.encoder, self.length, self.batch_size, self.pad_id = encoder, length, batch_size, pad_id
+        self.window, self.packing, self.padding_free, self.group_by_length = (
+            window,
+            packing,
+            padding_free,
+            group_by_length,
+        )
+        self.eval_fraction, self.limit, self.split, self.on_bad_row = eval_fraction, limit, split, on_bad_row
+        self.seed, self.num_workers, self.replica, self.replicas = seed, num_workers, replica, replicas
+        self.sources = _told(sources, split)
+        self.report = Report(formats=[source.format for source in self.sources], unused=[[] for _ in sources])
+        self.examples = self.tokens = self.supervised_tokens = 0
+        self.epoch = self.at_window = self.position = self.handed_out = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def rows(self, epoch: int) -> Iterator[tuple[int, Row]]:
+        """The rows of an epoch as they are found."""
+        return itertools.islice(draw_rows(self.sources, self.split, streaming=True, seed=self.seed + epoch), self.limit)
+
+    def read(self, rows: list[tuple[int, Row]]) -> Window:
+        """The examples of a window of rows, held-out ones left out."""
+        pipeline, built = Pipeline(self.sources, self.encoder, on_bad_row=self.on_bad_row), Builder()
+        for _, example, encoded in pipeline.encode(rows):
+            if self.eval_fraction and example.position() < self.eval_fraction:
+                continue
+            if (kept := pipeline.fit(example, encoded)) is not None:
+                built.add(kept, example.key(), example.where)
+        return Window(built.sequences(), pipeline.report)
+
+    def batches(self, sequences: Sequences, epoch: int, window: int) -> Iterator[list[Any]]:
+        """The batches of a window, each a list of rows of examples."""
+        if not len(sequences):
+            return
+        rows = best_fit(sequences.lengths, self.encoder.max_length) if self.packing else None
+        order = ResumableLoader(
+            sequences,
+            self.batch_size,
+            self.pad_id,
+            rows=rows,
+            shuffle=True,
+            group_by_length=self.group_by_length,
+            seed=self.seed + 104_729 * (window + 1),
+        )
+        for batch in order.batches(epoch):
+            yield [order.data[row] for row in batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.handed_out < self.length:
+            loader: DataLoader[Any] = DataLoader(
+                _Windows(self, self.epoch, self.at_window),
+                batch_size=None,
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]  # without a batch size it is given one window
+                prefetch_factor=1 if self.num_workers else None,
+                generator=torch.Generator().manual_seed(self.seed),
+            )
+            found = self.at_window > 0
+            for window in loader:
+                if window.error is not None:
+                    raise InputError(window.error)
+                if not self.position:
+                    self._count(window)
+                number = self.replica + self.replicas * self.at_window
+                batches = list(self.batches(window.sequences, self.epoch, number))
+                found = found or bool(batches)
+                for batch in batches[self.position :]:
+                    self.position += 1
+                    self.handed_out += 1
+                    yield collate_rows(batch, self.pad_id, packed=self.packing, padding_free=self.padding_free)
+                    if self.handed_out == self.length:
+                        return
+                self.at_window, self.position = self.at_window + 1, 0
+            if not found:
+                raise InputError("no row of the data has a token to train: look at it with `python -m lorafit.audit`")
+            self.epoch, self.at_window, self.position = self.epoch + 1, 0, 0
+
+    def _count(self, window: Window) -> None:
+        if self.epoch == 0:
+            self.report.add(window.report)
+            self.examples += len(window.sequences)
+            self.tokens += len(window.sequences.ids)
+            self.supervised_tokens += int(window.sequences.trained.sum())
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, window, batches of it handed out, and batches handed out in all."""
+        return {
+            "epoch": self.epoch,
+            "window": self.at_window,
+            "position": self.position,
+            "handed_out": self.handed_out,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there at the next iteration."""
+        self.epoch, self.at_window = state["epoch"], state["window"]
+        self.position, self.handed_out = state["position"], state["handed_out"]
+
+
+def _as_it_is(window: Window) -> Window:
+    return window
+
+
+def _told(sources: list[Source], split: str) -> list[Source]:
+    """The sources with the layout that their first row has: workers must not each find their own."""
+    told = []
+    for source in sources:
+        formatter = Formatter(source.format, source.columns)
+        for row in itertools.islice(read_rows(source, split, streaming=True), 100):
+            try:
+                formatter(row)
+            except InputError:
+                continue  # said when its turn comes
+            break
+        told.append(replace(source, format=formatter.format))
+    return told
