@@ -17,6 +17,7 @@ from lorafit.errors import InputError
 
 if TYPE_CHECKING:
     from lorafit.datamodule import FinetuneDataModule
+    from lorafit.isolation import Isolation
     from lorafit.module import FinetuneModule
 
 
@@ -112,7 +113,41 @@ def build_module(config: Config) -> FinetuneModule:
     )
 
 
-def open_logger(config: Config, folder: Path) -> contextlib.AbstractContextManager[Any]:
+def load_module(config: Config) -> FinetuneModule:
+    """The module that a configuration asks for, its model loaded and adapted."""
+    module = build_module(config)
+    module.configure_model()
+    return module
+
+
+def build_skeleton(config: Config) -> Any:
+    """The model that a configuration asks for, without weights and without LoRA layers: nothing is read but its
+    configuration, and no memory is used."""
+    import torch
+
+    from lorafit.quant import load_base_model
+
+    with torch.device("meta"):
+        return load_base_model(
+            config.model.name,
+            device="meta",
+            init="random",
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
+        )
+
+
+def prove_packing(config: Config, data: FinetuneDataModule, model: Any) -> Isolation | None:
+    """The proof that packed examples do not see each other, where any are packed; InputError when there is none."""
+    from lorafit.isolation import require_isolation
+
+    if not (config.data.packing or config.data.padding_free):
+        return None
+    setting = "data.packing" if config.data.packing else "data.padding_free"
+    return require_isolation(model, data.sample_for_packing(), int(data.tokenizer.pad_token_id), setting)
+
+
+def open_logger(config: Config, folder: Path, job_type: str = "train") -> contextlib.AbstractContextManager[Any]:
     """The logger of a run, as a context that closes it."""
     settings = config.logger
     if settings is None or not is_main_process():
@@ -132,4 +167,5 @@ def open_logger(config: Config, folder: Path) -> contextlib.AbstractContextManag
         name=settings.name,
         group=settings.group,
         tags=settings.tags,
+        job_type=job_type,
     )

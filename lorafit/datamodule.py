@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -152,11 +152,6 @@ class FinetuneDataModule(L.LightningDataModule):
             )
             self.train_sequences, self.eval_sequences = corpus.train, corpus.held_out
             self.eval_examples, self.report, self._sizes = corpus.held_out_examples, corpus.report, corpus.sizes
-            if not len(corpus.held_out) and len(corpus.train):
-                raise InputError(
-                    f"{len(corpus.train)} rows of one prompt are too few to hold some out: "
-                    "give data.eval_path, or more rows"
-                )
             self._pack()
         self._ready = True
 
@@ -201,7 +196,8 @@ class FinetuneDataModule(L.LightningDataModule):
         for index, (_, example, encoded) in enumerate(check.encode(first)):
             if index % max(1, len(first) // 128) == 0 and (fault := check_labels(self.encoder, example, encoded)):
                 self.report.faults.append(fault)
-            self.report.lengths.append(len(encoded.ids))
+            if example.position() >= stream.eval_fraction:
+                self.report.lengths.append(len(encoded.ids))
         if not len(self.train_sequences) and not self.report.lost:
             raise InputError(f"the first {len(first)} rows of {pipeline.describe()} give nothing to train")
 
@@ -209,7 +205,6 @@ class FinetuneDataModule(L.LightningDataModule):
 
     def refusals(self) -> list[Refusal]:
         """What is wrong with the data in a way that training would not show; empty when it may begin."""
-        examples = len(self.train_sequences) + self.report.dropped
         found = [
             *check_template(self.encoder),
             *self.report.faults,
@@ -217,7 +212,7 @@ class FinetuneDataModule(L.LightningDataModule):
                 self.encoder,
                 self.train_sequences,
                 lost=self.report.lost,
-                examples=examples,
+                examples=len(self.report.lengths),
                 max_lost=self.max_lost,
                 lengths=self.report.lengths,
             ),
@@ -232,6 +227,14 @@ class FinetuneDataModule(L.LightningDataModule):
             raise InputError(
                 f"{said}. (data.allow=[{names}] trains all the same; `python -m lorafit.audit` shows more.)"
             )
+
+    def first_examples(self) -> Iterator[Example]:
+        """The good rows that are for training, from the beginning, before anything is cut."""
+        pipeline = Pipeline(self.sources, self.encoder, on_bad_row="skip")
+        rows = draw_rows(self.sources, self.split, streaming=self.streaming, seed=self.seed)
+        for _, example, _ in pipeline.encode(itertools.islice(rows, self.limit)):
+            if self.eval_sources is not None or example.position() >= self.eval_fraction:
+                yield example
 
     def duplicates(self) -> np.ndarray:
         """The numbers of the training examples that repeat an earlier one."""

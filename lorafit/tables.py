@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lorafit.datamodule import FinetuneDataModule
 from lorafit.isolation import Isolation
@@ -128,6 +129,75 @@ def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> li
         rows = f"{numbers['packed_rows']:,} rows; " if numbers["packed_rows"] else ""
         notes.append(f"packed in {rows or 'one row a batch; '}{packing.sentence()}")
     return notes
+
+
+_STATES = {"trained": "bold green", "masked": "dim", "cut": "red strike"}
+
+
+def token_runs(tokens: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str]]:
+    """(state, number of tokens, text) of each run of tokens that are alike: "trained", "masked" or "cut"."""
+    runs: list[tuple[str, int, str]] = []
+    for token in tokens:
+        state = "cut" if token["cut"] else "trained" if token["trained"] else "masked"
+        if runs and runs[-1][0] == state:
+            runs[-1] = (state, runs[-1][1] + 1, runs[-1][2] + token["text"])
+        else:
+            runs.append((state, 1, token["text"]))
+    return runs
+
+
+def audit_tables(found: Mapping[str, Any], colours: bool = True) -> list[Any]:
+    """What an audit found, for the terminal. Without colours the state of the tokens is written before them."""
+    parts: list[Any] = []
+    for example in found["examples"]:
+        table = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
+        outcome = "" if example["outcome"] == "whole" else f", {example['outcome']}"
+        parts.append(Text(f"{example['where']}: {example['length']:,} tokens{outcome}", style="bold"))
+        table.add_column(style="dim")
+        table.add_column(justify="right", style="dim")
+        table.add_column(overflow="fold")
+        at = 0
+        for state, count, text in token_runs(example["tokens"]):
+            shown = Text()
+            # every other token is underlined, so that they can be told apart
+            for number, token in enumerate(example["tokens"][at : at + count]):
+                style = _STATES[state] + (" underline" if number % 2 else "")
+                shown.append(token["text"].replace("\n", "⏎\n"), style=style)
+            table.add_row(state, str(count), shown if colours else Text(text.replace("\n", "⏎\n")))
+            at += count
+        if example["length"] > len(example["tokens"]):
+            table.add_row("", "", f"… {example['length'] - len(example['tokens']):,} more tokens (audit.tokens)")
+        parts += [table, ""]
+    counts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    counts.add_column(style="bold")
+    counts.add_column(justify="right")
+    share = found["supervised_tokens"] / found["total_tokens"] if found["total_tokens"] else 0.0
+    for name, key in (
+        ("training examples", "train_examples"),
+        ("held-out examples", "eval_examples"),
+        ("tokens", "total_tokens"),
+        (f"trained tokens ({share:.1%})", "supervised_tokens"),
+        ("longest example", "longest"),
+        ("cut examples", "truncated_examples"),
+        ("dropped examples", "dropped_examples"),
+        ("skipped rows", "skipped_rows"),
+        ("duplicates", "duplicate_examples"),
+        ("shared with the held-out rows", "leaked_examples"),
+    ):
+        counts.add_row(name, f"{found[key]:,}")
+    layers = Table(box=None, padding=(0, 2, 0, 0))
+    layers.add_column("linear layers", style="bold")
+    layers.add_column("adapted", justify="right")
+    layers.add_column("by layer", overflow="fold")
+    for kind, entry in found["coverage"].items():
+        marks = "".join("■" if on else "·" for on in found["layers"][kind].values())
+        layers.add_row(kind, f"{entry['wrapped']} of {entry['total']}", marks)
+    parts += [counts, "", layers, ""]
+    parts += [Text(f"- {note}") for note in found["notes"]]
+    parts += [Text(f"- skipped: {row}") for row in found["bad_rows"]]
+    if not found["refusals"]:
+        parts.append(Text("Nothing is wrong: every check passed.", style="green"))
+    return parts
 
 
 def base_sentence(base: BaseReport) -> str:

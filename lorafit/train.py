@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.build import build_data, build_module, is_main_process, open_logger, require_accelerator
+from lorafit.build import build_data, is_main_process, load_module, open_logger, prove_packing, require_accelerator
 from lorafit.config import Config, config_sha256, start, to_dict
 from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped, reason
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import lightning as L
 
     from lorafit.datamodule import FinetuneDataModule
-    from lorafit.isolation import Isolation
     from lorafit.module import FinetuneModule
 
 log = logging.getLogger(__name__)
@@ -106,8 +105,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         data.setup()
         data.require_proof()
         metrics["data"] = data.statistics()
-        module = build_module(config)
-        module.configure_model()
+        module = load_module(config)
         model: Any = module.model
         base = base_report(model)
         assert base is not None
@@ -233,16 +231,6 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             f"The adapter is in {folder / 'adapter'}"
         )
         return after["loss"]
-
-
-def prove_packing(config: Config, data: FinetuneDataModule, model: Any) -> Isolation | None:
-    """The proof that packed examples do not see each other, where any are packed; InputError when there is none."""
-    from lorafit.isolation import require_isolation
-
-    if not (config.data.packing or config.data.padding_free):
-        return None
-    setting = "data.packing" if config.data.packing else "data.padding_free"
-    return require_isolation(model, data.sample_for_packing(), int(data.tokenizer.pad_token_id), setting)
 
 
 def require_steps(config: Config, steps: int, folder: Path, resume: Path | None) -> None:

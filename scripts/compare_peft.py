@@ -100,7 +100,7 @@ def main() -> None:
 
     def step(system: str, batch: dict[str, torch.Tensor]) -> float:
         if system == "peft":
-            loss = models[system](**batch).loss
+            loss = models[system](**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss
             mean = loss.item()
         else:
             total, count = supervised_loss(models[system], batch)

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from lorafit import __main__ as door, config as lorafit_config
+from lorafit import __main__ as door, config as lorafit_config, schema
 from lorafit.config import CONF, Config, _Jobs, check, compose, config_sha256, start, to_dict
 from lorafit.errors import DivergedError, InputError, Stopped
 from lorafit.explain import config_groups, schema_keys
@@ -328,11 +328,29 @@ def test_a_wrong_command_gets_one_line_with_the_nearest_right_one(overrides: str
         ("data.batch_size=0", "data.batch_size must be a positive integer, got 0"),
         ("data.max_length=1", "data.max_length must be an integer above 1, got 1"),
         ("data.eval_fraction=1.0", "data.eval_fraction must be in (0, 1), got 1.0"),
-        ("data.packing=true", "data.packing=true is not in this version: use data.packing=false"),
         (
             'data.columns={"promt":"q"}',
-            "data.columns names prompt and completion, got 'promt'. Did you mean 'prompt'?",
+            "data.columns has no entry 'promt' (instruction, output, conversations, messages, prompt, completion, ",
         ),
+        ("data.max_lost=2", "data.max_lost must be in [0, 1], got 2"),
+        ("data.overflow=cut", "data.overflow must be one of drop, truncate_prompt, truncate, error, got 'cut'"),
+        ("data.on_bad_row=skp", "data.on_bad_row must be one of error, skip, got 'skp'. Did you mean 'skip'?"),
+        ("data.allow=[answer_lots]", "data.allow: there is no check 'answer_lots' (no_supervised_token, "),
+        ("data.path=[3]", "data.path: a source is a path or a mapping with a path, got 3"),
+        ("data.path=[gone.jsonl]", "data.path: no file or folder 'gone.jsonl'"),
+        (
+            'data.path=[{"path":"embedded","columns":{"promt":"q"}}]',
+            "data.path: columns has no entry 'promt' (instruction, ",
+        ),
+        (
+            "data.streaming=true trainer.max_steps=null",
+            "data.streaming=true: the data has no known end, so give trainer.max_steps",
+        ),
+        (
+            "data.streaming=true trainer.max_steps=5 trainer.val_check_interval=0.5",
+            "data.streaming=true: trainer.val_check_interval must be a number of steps",
+        ),
+        ("audit.tokens=0", "audit.tokens must be a positive integer, got 0"),
         ("data.columns=q", "data.columns must be like {prompt: question, completion: answer}, got 'q'"),
         ("data.path=nope.jsonl", "data.path: no file or folder 'nope.jsonl'"),
         ("data.path=./nope", "data.path: no file or folder './nope'"),
@@ -679,3 +697,34 @@ def test_a_program_sees_its_overrides_as_its_command_line(monkeypatch: pytest.Mo
     monkeypatch.setattr(door.importlib, "import_module", {"lorafit.train": Train}.__getitem__)
     door.main()
     assert seen == [["lorafit train", "rank=8"]]
+
+
+def test_the_choices_of_the_schema_are_those_of_the_code() -> None:
+    """Written twice, since the schema must not import torch."""
+    from lorafit.data import corpus, formats, tokens
+    from lorafit.data.checks import CHECKS
+
+    choices = schema._CHOICES
+    assert choices["data.format"] == formats.FORMATS and schema._COLUMNS == formats.COLUMNS
+    assert choices["data.template"] == tokens.TEMPLATES and choices["data.train_on"] == tokens.TRAIN_ON
+    assert choices["data.overflow"] == tokens.OVERFLOW and choices["data.system"] == tokens.SYSTEM
+    assert choices["data.on_bad_row"] == corpus.ON_BAD_ROW
+    assert schema._CHECKS == tuple(CHECKS)
+
+
+def test_a_list_of_sources_is_taken_as_it_is_written_and_its_paths_are_the_shells(tmp_path: Path) -> None:
+    file = Path("rows.jsonl")
+    file.write_text('{"text": "a"}\n')
+    mixed = compose(["data.path=[rows.jsonl,{path: embedded, weight: 0.3, columns: {prompt: q, completion: a}}]"])
+    assert mixed.data.path == [
+        "rows.jsonl",
+        {"path": "embedded", "weight": 0.3, "columns": {"prompt": "q", "completion": "a"}},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(Path.cwd()))
+        assert compose(["data.path=['~/rows.jsonl']"]).data.path == [str(Path.cwd() / "rows.jsonl")]
+
+
+def test_what_an_audit_shows_is_no_setting_of_the_run() -> None:
+    assert config_sha256(compose(["audit.examples=9"])) == config_sha256(compose())
+    assert config_sha256(compose(["data.packing=true"])) != config_sha256(compose())

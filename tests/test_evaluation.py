@@ -42,8 +42,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def sequences(tokenizer):
-    rows = [Example(f"What is {word}?", word * (1 + i), "") for i, word in enumerate(["a cat ", "a dog ", "tin "])]
-    return Encoder(tokenizer).encode_all(rows * 3)
+    rows = [Example.of(f"What is {word}?", word * (1 + i)) for i, word in enumerate(["a cat ", "a dog ", "tin "])]
+    return [Encoder(tokenizer).encode(row).sequence() for row in rows * 3]
 
 
 def test_every_token_weighs_the_same_however_the_rows_are_batched(model, sequences) -> None:
@@ -51,7 +51,7 @@ def test_every_token_weighs_the_same_however_the_rows_are_batched(model, sequenc
     total, count = 0.0, 0
     with evaluating(model):
         for sequence in sequences:
-            logits = model(torch.tensor([sequence["input_ids"]])).logits[0, :-1].float()
+            logits = model(torch.tensor(sequence["input_ids"]).unsqueeze(0)).logits[0, :-1].float()
             labels = torch.tensor(sequence["labels"][1:])
             total += F.cross_entropy(logits, labels, reduction="sum").item()
             count += int((labels != -100).sum())

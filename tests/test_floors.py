@@ -17,11 +17,11 @@ FLOORS = {
     0: ("errors", "quant", "data", "embedded"),
     1: ("lora", "loss", "fused"),
     2: ("inject",),
-    3: ("adapter", "checkpoint", "memory", "retention", "evaluation", "merging"),
+    3: ("adapter", "checkpoint", "memory", "retention", "evaluation", "isolation", "merging"),
     4: ("module", "datamodule", "trainer"),
     5: ("callbacks",),
     6: (
-        *("train", "config", "explain", "schema", "tables", "__main__"),
+        *("train", "build", "config", "explain", "schema", "tables", "audit_page", "__main__"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench"),
     ),
 }

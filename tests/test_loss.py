@@ -5,12 +5,25 @@ pytest tests/test_loss.py
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
+from lorafit.data import IGNORE, collate, collate_packed
+from lorafit.data.loader import collate_rows
+from lorafit.data.packing import best_fit
 from lorafit.errors import InputError
 from lorafit.inject import inject_lora, mark_only_lora_as_trainable
 from lorafit.loss import head_sees, supervised_logits, supervised_loss
@@ -135,3 +148,74 @@ def test_the_hook_is_gone_even_after_an_error(model: PreTrainedModel) -> None:
 def test_a_model_without_an_output_head_is_refused() -> None:
     with pytest.raises(InputError, match="Linear has no output head"):
         supervised_loss(nn.Linear(2, 2), batch())
+
+
+# --- packed and unpacked --------------------------------------------------------------------------
+
+# with the cache on, as models come: it is what makes packed examples see each other
+PACKABLE = {
+    "llama": LlamaConfig(**WIDE),
+    "mistral": MistralConfig(**WIDE, sliding_window=5),
+    "qwen3": Qwen3Config(**WIDE),
+    "phi3": Phi3Config(**{key: value for key, value in WIDE.items() if key != "head_dim"}, pad_token_id=0),
+    "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=128),
+    "gpt2": GPT2Config(**SIZES, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+}
+
+
+def examples(train_on: str) -> list[dict[str, list[int]]]:
+    """Of 1 to 13 tokens. Under "all" every token is trained, the first of an example too, which nothing predicts."""
+    generator = torch.Generator().manual_seed(2)
+    made = []
+    for index, length in enumerate((13, 4, 7, 1, 9, 3, 11, 2, 6)):
+        ids = torch.randint(1, 97, (length,), generator=generator).tolist()
+        masked = 0 if train_on == "all" else index % 3 + 1
+        made.append({"input_ids": ids, "labels": [IGNORE] * min(masked, length) + ids[masked:]})
+    return made
+
+
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", PACKABLE)
+def test_packed_examples_give_the_gradient_of_the_same_examples_unpacked(
+    name: str, attention: str, train_on: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PACKABLE[name], attn_implementation=attention).train()
+    assert model.config.use_cache
+    inject_lora(model, rank=4, alpha=8)
+    mark_only_lora_as_trainable(model)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.1)
+    made = examples(train_on)
+    reference, tokens = supervised_loss(model, collate(made, 0))
+    exact = gradients(model, reference)
+    rows = [[made[index] for index in row] for row in best_fit(np.array([len(e["input_ids"]) for e in made]), 17)]
+    assert 1 < len(rows) < len(made) and len({sum(len(e["input_ids"]) for e in row) for row in rows}) > 1  # with filler
+    for batch in (collate_packed(rows, 0), collate_rows(rows, 0, packed=False, padding_free=True)):
+        loss, count = supervised_loss(model, batch)
+        assert count == tokens == sum(label != IGNORE for example in made for label in example["labels"][1:])
+        assert abs(loss - reference) <= 1e-5 * reference
+        for parameter_name, gradient in gradients(model, loss).items():
+            difference = (gradient - exact[parameter_name]).norm()
+            assert exact[parameter_name].norm() > 0
+            assert difference <= 1e-5 * exact[parameter_name].norm(), parameter_name
+
+
+def test_with_the_cache_or_without_position_ids_packed_examples_would_give_another_gradient() -> None:
+    """The comparison above would not hold for packing that parts nothing."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PACKABLE["llama"])
+    packed, exact = collate_packed([examples("all")], 0), collate(examples("all"), 0)
+    one_text = {key: value for key, value in packed.items() if key != "position_ids"}
+    inputs = {key: packed[key] for key in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        cached, alone = (model(**inputs, use_cache=use_cache).logits for use_cache in (True, False))
+    assert (cached - alone).norm() > 1e-2 * alone.norm()
+    reference = supervised_loss(model, exact)[0]
+    assert abs(supervised_loss(model, one_text)[0] - reference) > 1e-4 * reference

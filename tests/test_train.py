@@ -256,7 +256,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "empty.jsonl").touch()
     (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
-    (folder / "fields.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (folder / "fields.jsonl").write_text('{"query": "a", "reply": "b"}\n')
     (folder / "weightless").mkdir()
     shutil.copytree(MODEL, folder / "endless")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -284,10 +284,10 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("data.path=gone.jsonl", "no file or folder 'gone.jsonl'. Did you mean"),
         ("data.path=empty.jsonl", "'empty.jsonl' is empty"),
         ("data.path=broken.jsonl", "broken.jsonl:2: the line is not JSON"),
-        ("data.path=fields.jsonl", "fields.jsonl:1: no format fits the fields 'question', 'answer'"),
+        ("data.path=fields.jsonl", "fields.jsonl:1: no format fits the fields 'query', 'reply'"),
         (
-            "data.path=fields.jsonl|data.columns={prompt: question, completion: anser}",
-            "the row has no field 'anser'; it has 'question', 'answer'. Did you mean 'answer'?",
+            "data.path=fields.jsonl|data.columns={prompt: query, completion: repyl}",
+            "the row has no field 'repyl'; it has 'query', 'reply'. Did you mean 'reply'?",
         ),
         ("data.path=good.jsonl|data.max_length=2", "has a token to train within data.max_length=2: raise it"),
         ("model.name=weightless", "has no *.safetensors weights"),

@@ -28,6 +28,7 @@ def wandb_logger(
     name: str | None = None,
     group: str | None = None,
     tags: Sequence[str] = (),
+    job_type: str = "train",
 ) -> Iterator[WandbLogger]:
     """A Lightning logger over a new run in `folder`/wandb, finished on leaving: with exit code 1 after an error.
 
@@ -47,6 +48,7 @@ def wandb_logger(
         name=name,
         group=group,
         tags=list(tags),
+        job_type=job_type,
         config=dict(config),
         dir=folder,
         mode=mode,  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lorafit.data.formats import Example
+from lorafit.data.formats import Example, Turn
 from lorafit.data.store import Sequences
 from lorafit.data.tokens import Encoded, Encoder
 
@@ -44,36 +44,39 @@ def check_labels(encoder: Encoder, example: Example, encoded: Encoded) -> Refusa
         return None
     decode: Any = encoder.tokenizer.decode
     answers = [turn for turn in example.turns if turn.role == "assistant"]
-    chosen = answers[-1:] if encoder.train_on == "last_turn" else answers
-    ids = encoded.ids[encoded.trained].tolist()
-    rest = _plain(decode(ids))
+    chosen = [turn for turn in (answers[-1:] if encoder.train_on == "last_turn" else answers) if turn.trained]
+    edges = np.flatnonzero(np.diff(encoded.trained, prepend=False, append=False))
+    runs = [decode(encoded.ids[start:end].tolist()) for start, end in edges.reshape(-1, 2)]
     if len(example.turns) == 1:  # of a text the first token may have no place to be predicted from
-        whole = _plain(answers[0].content)
-        known = (
-            rest[: -len(mark)] if (mark := _plain(str(encoder.tokenizer.eos_token))) and rest.endswith(mark) else rest
-        )
+        whole, known = _plain(chosen[0].content), _plain("".join(runs))
+        known = known.removesuffix(_plain(str(encoder.tokenizer.eos_token)))
         return None if known and whole.endswith(known) else _masked(example, whole)
-    for turn in chosen:
-        if not turn.trained:
-            continue
-        # as the tokenizer gives it back, which may be without accents or capitals
-        for answer in (_plain(turn.content), _plain(decode(_ids(encoder, turn.content)))):
-            if answer in rest:
-                rest = rest.replace(answer, "", 1)
-                break
-        else:
-            return _masked(example, turn.content)
-    special = {token.content for token in encoder.tokenizer.added_tokens_decoder.values()}
-    special.add(str(encoder.tokenizer.eos_token))
-    for token in sorted(special, key=len, reverse=True):
-        rest = rest.replace(_plain(token), "")
-    if rest:
+    marks, beside = _marks(encoder), None
+    for run in runs:
+        verdict = _holds(encoder, run, chosen[0], marks) if chosen else None
+        if verdict is not None:
+            chosen = chosen[1:]
+        if not verdict:
+            beside = beside or run
+    if chosen:
+        return _masked(example, chosen[0].content)
+    if beside is not None:
         return Refusal(
             "prompt_trained",
-            f"{example.where}: beside the answer {_short(rest)} is trained. The chat template marks more than the "
-            "answers: correct its {% generation %} marks, or take data.template=plain",
+            f"{example.where}: {_short(beside)} is trained, which is more than an answer. The chat template marks more "
+            "than the answers: correct its {% generation %} marks, or take data.template=plain",
         )
     return None
+
+
+def _holds(encoder: Encoder, run: str, turn: Turn, marks: tuple[str, ...]) -> bool | None:
+    """True when a stretch of trained text is an answer and marks, False when more, None when it is not all there."""
+    # as the tokenizer gives it back, which may be without accents or capitals
+    forms = (_plain(turn.content), _plain(str(encoder.tokenizer.decode(_ids(encoder, turn.content)))))
+    trained = _plain(run)
+    if any(_bare(trained, marks) == _bare(form, marks) for form in forms):
+        return True
+    return False if any(form in trained for form in forms) else None
 
 
 def _masked(example: Example, answer: str) -> Refusal:
@@ -91,6 +94,23 @@ def _ids(encoder: Encoder, text: str) -> list[int]:
 def _plain(text: str) -> str:
     """Without white space, which tokenizers and templates add and drop at the edges."""
     return re.sub(r"\s+", "", text)
+
+
+def _marks(encoder: Encoder) -> tuple[str, ...]:
+    """What may be trained around an answer: the special tokens, and what the template has the model write first."""
+    special = [token.content for token in encoder.tokenizer.added_tokens_decoder.values()]
+    lead = encoder.chat.lead() if encoder.chat is not None else ""
+    marks = {_plain(text) for text in (*special, str(encoder.tokenizer.eos_token), lead)}
+    return tuple(sorted(marks - {""}, key=len, reverse=True))
+
+
+def _bare(text: str, marks: tuple[str, ...]) -> str:
+    """A text without the marks at both of its ends."""
+    while text.startswith(marks):
+        text = text.removeprefix(next(mark for mark in marks if text.startswith(mark)))
+    while text.endswith(marks):
+        text = text.removesuffix(next(mark for mark in marks if text.endswith(mark)))
+    return text
 
 
 def _short(text: str, width: int = 60) -> str:
@@ -111,7 +131,7 @@ def check_template(encoder: Encoder) -> list[Refusal]:
             )
         )
     asked, answered = chat.opening()
-    if not answered.startswith(asked) and not chat.marked:
+    if not answered.startswith(asked):
         found.append(
             Refusal(
                 "opening_differs",
@@ -215,17 +235,19 @@ def token_rows(encoder: Encoder, example: Example, width: int | None = None) -> 
 
 
 def _texts(encoder: Encoder, ids: list[int]) -> list[str]:
-    """The text of each token; of a character in several tokens the first shows it, the others are empty."""
+    """The text of each token; of a character in several tokens the last shows it, those before are empty."""
     decode = encoder.tokenizer.decode
-    texts, start, shown = [], 0, ""
+    texts: list[str] = []
+    # a window of the character before and the one to show, so that spaces between tokens are seen, and time stays
+    # linear: tokens from `start` on, of which those before `new` are shown as `shown`
+    start, new, shown = 0, 0, ""
     for end in range(1, len(ids) + 1):
         whole = str(decode(ids[start:end]))
-        if whole.endswith("�") and end - start < 8:
+        # a part of a character, or this very character in several tokens
+        if whole.endswith("\ufffd") and end - new < 32 and end < len(ids):
             texts.append("")
             continue
-        text = whole[len(shown) :] if whole.startswith(shown) else whole
-        texts.append(text)
-        # a window of a few tokens, so that spaces between tokens are seen, and time stays linear
-        start = max(start, end - 1)
+        texts.append(whole.removeprefix(shown))
+        start, new = new, end
         shown = str(decode(ids[start:end]))
     return texts

@@ -11,21 +11,29 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lorafit import embedded
 from lorafit.data import store
 from lorafit.data.checks import Refusal, check_labels
 from lorafit.data.formats import Example, Formatter, Turn
-from lorafit.data.sources import Row, Source, draw_rows, folder_files, has_held_out_files
+from lorafit.data.sources import (
+    Row,
+    Source,
+    draw_rows,
+    embedded_file,
+    folder_files,
+    has_held_out_files,
+    is_saved,
+    local_path,
+)
 from lorafit.data.store import Builder, Sequences
 from lorafit.data.tokens import Encoded, Encoder
 from lorafit.errors import InputError
@@ -112,7 +120,8 @@ class Pipeline:
     def bad(self, error: InputError) -> None:
         """Raise the error of a bad row, or count it."""
         if self.on_bad_row == "error":
-            raise InputError(f"{error}. (data.on_bad_row=skip leaves out bad rows, and counts them.)") from None
+            end = "" if str(error).endswith((".", "?")) else "."
+            raise InputError(f"{error}{end} (data.on_bad_row=skip leaves out bad rows, and counts them.)") from None
         self.report.skip(error)
 
     def encode(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Example, Encoded]]:
@@ -215,7 +224,8 @@ def _read(
     report, others = pipeline.report, Report()
     train, held_out, examples = Builder(), Builder(), []
     sizes, checked = [0] * len(sources), [0] * len(sources)
-    lowest: tuple[float, int, int, Example] | None = None  # position, place in train, source
+    # of the prompt that is trained and has the lowest position: (place in train, source, example)
+    lowest, nearest = 1.0, list[tuple[int, int, Example]]()
     said = time.monotonic()
     for number, example, encoded in pipeline.encode(itertools.islice(draw_rows(sources, split), limit)):
         checked[number] += 1
@@ -230,8 +240,10 @@ def _read(
             continue
         report.lengths.append(len(encoded.ids))
         if (kept := pipeline.fit(example, encoded)) is not None:
-            if lowest is None or position < lowest[0]:
-                lowest = (position, len(train), number, example)
+            if position < lowest:
+                lowest, nearest = position, []
+            if position == lowest < 1:
+                nearest.append((len(train), number, example))
             train.add(kept, example.key(), example.where)
             sizes[number] += 1
         if time.monotonic() - said > 10:
@@ -252,23 +264,42 @@ def _read(
             if (kept := other.fit(example, encoded)) is not None:
                 held_out.add(kept, example.key(), example.where)
                 examples.append(example)
-        if not other.report.rows:
+        seen = other.report
+        if not seen.rows:
             raise InputError(f"data file {other.describe()} has no rows")
+        report.rows, report.skipped = report.rows + seen.rows, report.skipped + seen.skipped
+        report.bad_rows = [*report.bad_rows, *seen.bad_rows][:_LISTED]
         if not len(held_out):
+            bad = f" {seen.skipped} of them are bad, the first: {seen.bad_rows[0]}" if seen.skipped else ""
             raise InputError(
-                f"no row of {other.describe()} can be measured on within data.max_length={encoder.max_length}"
+                f"none of the {seen.rows} rows of {other.describe()} can be measured on within "
+                f"data.max_length={encoder.max_length}.{bad}"
             )
-        report.skipped += other.report.skipped
-        report.bad_rows = [*report.bad_rows, *other.report.bad_rows][:_LISTED]
+        return Corpus(train.sequences(), held_out.sequences(), examples, sizes, report)
     sequences = train.sequences()
-    if not len(held_out) and lowest is not None and len(train) > 1:
-        # in a small file nothing may fall below the fraction: then the lowest is taken
-        _, place, number, example = lowest
-        other_prompts = [index for index in range(len(train)) if index != place]
-        held = sequences.select(np.array([place]))
-        sequences, examples = sequences.select(np.array(other_prompts)), [example]
-        sizes[number] -= 1
-        return Corpus(sequences, held, examples, sizes, report)
+    if len(train) and not len(held_out) and len(nearest) < len(train):
+        # in a small file nothing may fall below the fraction: then the lowest prompt is taken
+        chosen, gone = np.array([place for place, _, _ in nearest]), Report()
+        for _, number, example in nearest:
+            encoded = encoder.encode(example)
+            pipeline.fit(example, encoded, gone)
+            report.lengths.remove(len(encoded.ids))
+            sizes[number] -= 1
+        report.truncated, report.lost = report.truncated - gone.truncated, report.lost - gone.lost
+        return Corpus(
+            sequences.select(np.setdiff1d(np.arange(len(train)), chosen)),
+            sequences.select(chosen[:eval_limit]),
+            [example for _, _, example in nearest[:eval_limit]],
+            sizes,
+            report,
+        )
+    if 0 in (len(train), len(held_out)) and len(train) + len(held_out) and not report.dropped:
+        one = len({example.position() for example in examples}) < 2
+        raise InputError(
+            f"data {pipeline.describe()}: {len(train) + len(held_out)} rows "
+            f"{'of one prompt are too few to hold some out' if one else 'are all held out and none is left to train'}: "
+            f"give data.eval_path, or more{'' if one else ', or lower data.eval_fraction'}"
+        )
     return Corpus(sequences, held_out.sequences(), examples, sizes, report)
 
 
@@ -280,15 +311,15 @@ def _cache_key(
 ) -> str | None:
     """A hash of all that tokens and labels depend on; None where it cannot be known (a data set of the hub)."""
     contents = [_content(source, str(options["split"])) for source in sources]
-    contents += [_content(source, str(options["eval_split"])) for source in eval_sources or []]
-    if None in contents or encoder.tokenizer.is_fast is False:
+    measured = [_content(source, str(options["eval_split"])) for source in eval_sources or []]
+    if None in contents or None in measured or encoder.tokenizer.is_fast is False:
         return None
     chat = encoder.chat
     parts = {
         "version": _CACHE_VERSION,
         "libraries": [version(name) for name in ("tokenizers", "transformers")],
-        "sources": [asdict(source) for source in [*sources, *(eval_sources or [])]],
-        "contents": contents,
+        "train": [[asdict(source) for source in sources], contents],
+        "held_out": [[asdict(source) for source in eval_sources], measured] if eval_sources is not None else None,
         "options": options,
         "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in encoder.tokenizer.special_tokens_map.items()},
@@ -301,22 +332,19 @@ def _cache_key(
 
 
 def _content(source: Source, split: str) -> list[tuple[str, str]] | None:
-    """(name, hash) of every file of a source, or None where there are no files."""
-    path = Path(source.path).expanduser()
+    """(name, hash) of every file of a source, or None where there are no files that can be read."""
+    path = local_path(source.path)
     if source.path == "embedded":
-        files = [embedded.TRAIN if split == "train" else embedded.TEST]
-    elif path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-        else:
-            files = folder_files(path, split)
-    elif path.is_file():
+        files = [embedded_file(split)]
+    elif os.path.isdir(path):
+        files = (
+            sorted(file for file in path.rglob("*") if file.is_file()) if is_saved(path) else folder_files(path, split)
+        )
+    elif os.path.isfile(path):
         files = [path]
     else:
         return None
-    return [(str(file), _sha256(file)) for file in files]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    try:
+        return [(str(file), store.sha256(file)) for file in files]
+    except OSError:
+        return None  # said when the rows are read

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lorafit.data.sources import Row, fields, near_columns
+from lorafit.data.sources import Row, fields, listed, near_columns, shown
 from lorafit.errors import InputError, did_you_mean
 
 # what a layout needs, and what it may have
@@ -41,7 +41,10 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
 }
 # what a message may say beside its content, and would be lost
-_UNREAD = ("tool_calls", "function_call", "reasoning_content", "images", "audio")
+_UNREAD = (
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
 
 
 class Turn(NamedTuple):
@@ -114,9 +117,11 @@ class Formatter:
             self._name_by_columns()
 
     def _name_by_columns(self) -> None:
-        for name in self.columns:
+        for name, own in self.columns.items():
             if name not in COLUMNS:
                 raise InputError(f"data.columns has no entry {name!r}.{did_you_mean(name, COLUMNS)} {_columns_help()}")
+            if not isinstance(own, str):
+                raise InputError(f"data.columns.{name} must be the name of a column, got {own!r}")
         if self.format == "auto":
             for format, required in REQUIRED.items():
                 if set(required) <= self.columns.keys():
@@ -159,10 +164,9 @@ class Formatter:
         def field(name: str) -> Any:
             own = self.columns.get(name, name)
             if own not in values:
-                names = [str(name) for name in values]
                 raise InputError(
-                    f"{where}: the row has no field {own!r}; it has {', '.join(map(repr, names)) or 'none'}."
-                    f"{near_columns(own, names)} {self._expected()}"
+                    f"{where}: the row has no field {own!r}; it has {listed(values)}."
+                    f"{near_columns(own, map(str, values))} {self._expected()}"
                 )
             return values[own]
 
@@ -192,11 +196,18 @@ class Formatter:
                 else [Turn("assistant", text("completion"))]
             )
             # of a prompt nothing is learned, whoever says it
-            return _conversation([turn._replace(trained=False) for turn in before] + after, where)
+            turns = [turn._replace(trained=False) for turn in before] + after
+            if (system := optional("system")).strip():
+                turns.insert(0, Turn("system", system))
+            return _conversation(turns, where)
         asked, answered = REQUIRED[self.format]
         prompt, completion = text(asked), text(answered)
         if self.format == "alpaca" and (context := optional("input")).strip():
-            prompt = f"{prompt}\n\n{context}"
+            prompt = f"{prompt}\n\n{context}" if prompt.strip() else context
+        if not prompt.strip() and self.format != "prompt_completion":  # there an empty prompt says: plain text
+            raise InputError(
+                f"{where}: field {self.columns.get(asked, asked)!r} is empty, so the answer has no question"
+            )
         turns = [Turn("user", prompt)] if prompt.strip() else []
         system = optional("system") if self.format in ("alpaca", "prompt_completion") else ""
         if system.strip():
@@ -225,8 +236,7 @@ def _recognise(values: Mapping[str, Any], where: str) -> str:
             return format
     if "conversations" in values:
         return "sharegpt"
-    shown = ", ".join(map(repr, values)) or "none"
-    raise InputError(f"{where}: no format fits the fields {shown}. {_columns_help()}")
+    raise InputError(f"{where}: no format fits the fields {listed(values)}. {_columns_help()}")
 
 
 def _text(value: Any, what: str) -> str:
@@ -257,13 +267,15 @@ def _message(item: Any, what: str) -> Turn:
     pair = next((pair for pair in (("role", "content"), ("from", "value")) if pair[0] in item), None)
     if pair is None or pair[1] not in item:
         wanted = "role and content, or from and value" if pair is None else f"{pair[0]} and {pair[1]}"
-        raise InputError(f"{what}: a turn needs {wanted}; this one has {', '.join(map(repr, item)) or 'nothing'}")
+        raise InputError(f"{what}: a turn needs {wanted}; this one has {listed(item)}")
     role = item[pair[0]]
     if not isinstance(role, str) or role not in _ROLES:
         hint = did_you_mean(role, _ROLES) if isinstance(role, str) else ""
         if role in ("tool", "function", "observation", "function_call", "ipython"):
             hint = " Tool calls are not read."
-        raise InputError(f"{what}: the role {role!r} is none of system, user, assistant (or human, gpt, model).{hint}")
+        raise InputError(
+            f"{what}: the role {shown(role)} is none of system, user, assistant (or human, gpt, model).{hint}"
+        )
     for name in _UNREAD:
         if item.get(name):
             raise InputError(f"{what}: {name!r} is not read, and the turn would be trained without it")
@@ -278,7 +290,7 @@ def _message(item: Any, what: str) -> Turn:
         raise InputError(f"{what}: the turn of the {_ROLES[role]} is empty")
     weight = next((item[name] for name in ("weight", "train") if item.get(name) is not None), 1)
     if weight not in (0, 1):  # True and False too
-        raise InputError(f"{what}: weight must be 0 or 1, got {weight!r}")
+        raise InputError(f"{what}: weight must be 0 or 1, got {shown(weight)}")
     return Turn(_ROLES[role], content, bool(weight))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lorafit.data.tokens import IGNORE, Sequence
+from lorafit.errors import InputError
 
 Batch = dict[str, Tensor]
 
@@ -100,7 +101,15 @@ class Share:
 
 
 def shares_of(sizes: Seq[int], weights: Seq[float]) -> list[Share]:
-    """Shares of an epoch as long as all sources together, in which each has rows in proportion to its weight."""
+    """Shares of an epoch as long as all sources together, in which each has rows in proportion to its weight.
+
+    Raises InputError for a source that has no rows: its weight could not be kept.
+    """
+    if 0 in sizes:
+        raise InputError(
+            f"data.path: source {list(sizes).index(0) + 1} of {len(sizes)} has a weight, and no row of it that can be "
+            "trained: leave it out, or raise data.max_length"
+        )
     total, edges = sum(sizes), np.concatenate(([0], np.cumsum(sizes))).tolist()
     counts = [max(1, round(total * weight / sum(weights))) for weight in weights]
     return [Share(start, stop, count) for start, stop, count in zip(edges, edges[1:], counts, strict=False)]
@@ -133,10 +142,10 @@ class ResumableLoader:
     """Iterates over batches; `state_dict()` says where it stands, and `load_state_dict()` puts it there.
 
     rows: which examples are packed together; None: each is a row of its own. padding_free: a batch is one row.
-    With shuffle the order is drawn anew each epoch from (seed, epoch). shares: how many rows of each source an
-    epoch has; over several epochs every row of a source comes up before one comes up again. group_by_length: batches
-    of rows of about the same length. `replica` of `replicas` gives each of several processes its own share of the
-    batches, the same number to each; the few left over wait for another epoch.
+    With shuffle the order is drawn anew each epoch from (seed, epoch); without it the next two have no say. shares: how
+    many rows of each source an epoch has; over several epochs every row of a source comes up before one comes up again.
+    group_by_length: batches of rows of about the same length. `replica` of `replicas` gives each of several processes
+    its own share of the batches, the same number to each; the few left over wait for another epoch.
     """
 
     def __init__(
@@ -155,23 +164,24 @@ class ResumableLoader:
         replica: int = 0,
         replicas: int = 1,
     ) -> None:
-        self.data, self.batch_size, self.pad_id = _Rows(sequences, rows), batch_size, pad_id
-        self.packed, self.padding_free = rows is not None, padding_free
+        self.data, self.batch_size = _Rows(sequences, rows), batch_size
+        self._collate = partial(collate_rows, pad_id=pad_id, packed=rows is not None, padding_free=padding_free)
         self.shuffle, self.seed, self.num_workers = shuffle, seed, num_workers
-        self.shares = list(shares or [Share(0, len(self.data), len(self.data))])
-        self.group_by_length = group_by_length
+        self.shares = list(shares) if shares and shuffle else None
+        self.group_by_length = group_by_length and shuffle
         self.replica, self.replicas = replica, replicas
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
-        batches = -(-sum(share.count for share in self.shares) // self.batch_size)
+        rows = sum(share.count for share in self.shares) if self.shares else len(self.data)
+        batches = -(-rows // self.batch_size)
         return batches if self.replicas == 1 else max(1, batches // self.replicas)
 
     def order(self, epoch: int) -> Tensor:
         """The rows of an epoch, in order."""
         if not self.shuffle:
             return torch.arange(len(self.data))
-        if len(self.shares) == 1:
+        if self.shares is None:
             return torch.randperm(len(self.data), generator=self._generator(epoch))
         drawn = []
         for number, share in enumerate(self.shares):
@@ -189,7 +199,7 @@ class ResumableLoader:
     def batches(self, epoch: int) -> list[list[int]]:
         """The rows of each batch of an epoch, in order."""
         order = self.order(epoch)
-        if self.group_by_length and self.shuffle:
+        if self.group_by_length:
             lengths = self.data.lengths()[order]
             sorted_parts = []
             for start in range(0, len(order), _SORTED_TOGETHER * self.batch_size):
@@ -204,13 +214,17 @@ class ResumableLoader:
             batches[index % len(batches)] for index in range(self.replica, self.replicas * len(self), self.replicas)
         ]
 
+    def batch(self, rows: Seq[int]) -> Batch:
+        """The rows of one batch as tensors."""
+        return self._collate([self.data[row] for row in rows])
+
     def __iter__(self) -> Iterator[Batch]:
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
         loader: DataLoader[Any] = DataLoader(
             self.data,  # type: ignore[arg-type]
             batch_sampler=self.batches(self.epoch)[self.position :],
-            collate_fn=partial(collate_rows, pad_id=self.pad_id, packed=self.packed, padding_free=self.padding_free),
+            collate_fn=self._collate,
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),
         )

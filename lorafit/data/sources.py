@@ -5,8 +5,8 @@ parsed here, so that whoever looks for the thousandth row, or for another proces
 the speed of the disk. What is wrong with a single row travels in its place and is raised by `fields`; what is wrong
 with a file is raised at once.
 
-jsonl, json and csv are read line by line with the standard library: a fault has a file and a line, text stays text
-("007", "NA"), and memory does not grow with the file. Parquet, folders that `datasets` saved, and data sets of
+jsonl, json and csv are read with the standard library: a fault has a file and a line, text stays text ("007", "NA",
+1.10), and of jsonl and csv memory does not grow with the file. Parquet, folders that `datasets` saved, and data sets of
 the hub come through the `datasets` library.
 """
 
@@ -15,13 +15,16 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
+import os
 import random
 import re
+import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from lorafit import embedded
 from lorafit.errors import InputError, did_you_mean, nearest, reason
@@ -74,10 +77,15 @@ def parse_sources(
         if not isinstance(values.get("path"), str | Path) or not str(values["path"]):
             raise InputError(f"data.path: a source is a path or a mapping with a path, got {entry!r}")
         weight = values.get("weight")
-        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
+        if weight is not None and not (type(weight) in (int, float) and weight > 0 and math.isfinite(weight)):
             raise InputError(f"data.path: the weight of {values['path']!r} must be a positive number, got {weight!r}")
+        for key, kind in (("format", str), ("columns", Mapping), ("subset", str)):
+            if values.get(key) is not None and not isinstance(values[key], kind):
+                wanted = "like {prompt: question, completion: answer}" if key == "columns" else "a name"
+                raise InputError(f"data.path: {key} of {values['path']!r} must be {wanted}, got {values[key]!r}")
         defaults: dict[str, Any] = {"format": format, "columns": columns, "subset": subset}
-        sources.append(Source(**defaults | values | {"path": str(values["path"])}))
+        own = {key: value for key, value in values.items() if value is not None}
+        sources.append(Source(**defaults | own | {"path": str(values["path"])}))
     if not sources:
         raise InputError("data.path is an empty list: name a source")
     weighted = sum(source.weight is not None for source in sources)
@@ -94,16 +102,45 @@ def read_rows(source: Source | str | Path, split: str = "train", *, streaming: b
     for a data set of the hub the name of its split. streaming: read a data set of the hub as it arrives."""
     if not isinstance(source, Source):
         source = Source(str(source))
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     if source.path == "embedded":
-        return _json_lines(embedded.TRAIN if split == "train" else embedded.TEST)
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _json_lines(embedded_file(split))
+    if os.path.isdir(path):
+        if is_saved(path):
             return _saved(path, split)
         return itertools.chain.from_iterable(_read_file(file) for file in folder_files(path, split))
-    if path.is_file() or path.suffix in SUFFIXES or source.path.startswith((".", "/", "~")) or len(path.parts) > 2:
+    suffix = path.suffix.lower()
+    if os.path.isfile(path) or suffix in SUFFIXES or source.path.startswith((".", "/", "~")) or len(path.parts) > 2:
         return _read_file(path)
     return _hub(source, split, streaming)
+
+
+def local_path(path: str) -> Path:
+    """The path on this machine that a source's path would be, whether or not it is there."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises where there is no such user
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote a folder."""
+    return any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
+
+
+def embedded_file(split: str) -> Path:
+    """The file of the embedded data that belongs to a split."""
+    return embedded.TEST if _is_held_out("embedded", split) else embedded.TRAIN
+
+
+def _is_held_out(name: str, split: str) -> bool:
+    """Whether a split means the held-out rows of something whose rows have no named splits.
+
+    A name that means neither is an error: to train on what is measured would be the one guess, to ignore it the other.
+    """
+    if split != "train" and split.lower() not in _HELD_OUT_WORDS:
+        raise InputError(
+            f"data {name!r} has no split {split!r}: it has 'train', and 'test' for what its files' names hold out. "
+            "Choose one of them, or name the files"
+        )
+    return split != "train"
 
 
 def folder_files(folder: Path, split: str) -> list[Path]:
@@ -115,14 +152,14 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix in SUFFIXES
+        if path.suffix.lower() in SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not files:
         raise InputError(f"data folder {str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}")
     ranks = {path: _held_out_rank(path.relative_to(folder)) for path in files}
-    if split == "train":
+    if not _is_held_out(str(folder), split):
         files = [path for path in files if ranks[path] is None]
         if not files:
             raise InputError(f"data folder {str(folder)!r} holds only files to measure on: name one to train on it")
@@ -133,13 +170,14 @@ def folder_files(folder: Path, split: str) -> list[Path]:
 
 def has_held_out_files(path: str) -> bool:
     """Whether a source is a folder with files of its own to measure on."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    folder = local_path(path)
+    if not os.path.isdir(folder):
         return False
-    if (folder / "dataset_dict.json").is_file():
-        return bool(_held_out_split(json.loads((folder / "dataset_dict.json").read_bytes())["splits"]))
-    if (folder / "state.json").is_file():
-        return False
+    if is_saved(folder):
+        splits = folder / "dataset_dict.json"
+        found = _parse(splits.read_bytes()) if splits.is_file() else None
+        names = found.get("splits") if isinstance(found, dict) else None
+        return isinstance(names, list) and bool(_held_out_split(names))
     return any(_held_out_rank(file.relative_to(folder)) is not None for file in folder_files(folder, "test"))
 
 
@@ -149,20 +187,25 @@ def _held_out_rank(name: Path) -> int | None:
 
 
 def _read_file(file: Path) -> Iterator[Row]:
-    if not file.is_file():
-        near = did_you_mean(file.name, [path.name for path in file.parent.glob("*")] if file.parent.is_dir() else [])
-        raise InputError(f"data file {str(file)!r} does not exist.{near}")
+    if not os.path.isfile(file):
+        beside = [path.name for path in file.parent.glob("*")] if os.path.isdir(file.parent) else []
+        raise InputError(f"data file {str(file)!r} does not exist.{did_you_mean(file.name, beside)}")
     if file.stat().st_size == 0:
         raise InputError(f"data file {str(file)!r} is empty")
-    if file.suffix in (".jsonl", ".ndjson"):
-        return _json_lines(file)
-    if file.suffix == ".json":
-        return _json(file)
-    if file.suffix in (".csv", ".tsv"):
-        return _csv(file)
-    if file.suffix == ".parquet":
-        return _parquet(file)
-    raise InputError(f"data file {str(file)!r} has the ending {file.suffix!r}: jsonl, json, csv or parquet is read")
+    readers = {".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    readers |= {".jsonl": _json_lines, ".ndjson": _json_lines}
+    reader = readers.get(file.suffix.lower())
+    if reader is None:
+        raise InputError(f"data file {str(file)!r} has the ending {file.suffix!r}: jsonl, json, csv or parquet is read")
+    return _opened(file, reader(file))
+
+
+def _opened(file: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows; what the system says against reading them is an error of the file."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise InputError(f"data file {str(file)!r} cannot be read: {reason(error)}") from error
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
@@ -170,12 +213,12 @@ def _json_lines(file: Path) -> Iterator[Row]:
         for number, line in enumerate(lines, start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.isspace():
+            if line.strip():
                 yield Row(f"{file}:{number}", line)
 
 
 def _json(file: Path) -> Iterator[Row]:
-    """A list of objects; or, since many files of that ending hold them, JSON lines."""
+    """A list of objects, read whole; or, since many files of that ending hold them, JSON lines."""
     with file.open("rb") as opened:
         first = next((byte for byte in iter(lambda: opened.read(1), b"") if byte not in b" \t\r\n\xef\xbb\xbf"), b"")
     if first == b"{":
@@ -214,14 +257,45 @@ def _not_an_object(where: str, found: object) -> InputError:
     return InputError(f"{where}: a row must be a JSON object, this is {type(found).__name__}")
 
 
+class _Number(float):
+    """A number of JSON that is no whole one. As text it is what stands in the file: 1.10 stays 1.10."""
+
+    text: str
+
+    def __new__(cls, text: str) -> _Number:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two values with one name either could be meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the name {shown(_repeated(name for name, _ in pairs))} stands twice in an object")
+    return found
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that stands there before."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_float=_Number, parse_constant=_no_number)
 
 
 def _parse(text: bytes) -> Any:
     """The value of a JSON text, or an InputError that says what it is instead."""
     try:
-        return json.loads(text.decode("utf-8"), parse_constant=_no_number)
+        return _JSON.decode(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         return InputError(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start})")
     except RecursionError:
@@ -230,100 +304,143 @@ def _parse(text: bytes) -> Any:
         return InputError(f"not JSON ({error})")
 
 
-class _Lines:
-    """The lines of a file as text; one that is not UTF-8 raises, and the next call goes on behind it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.number = file, 0
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self.file)
-        self.number += 1
-        return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
-
-
 def _csv(file: Path) -> Iterator[Row]:
-    """Rows of a table with a header. The separator is the one of comma, semicolon, tab that the header has most of."""
-    with file.open("rb") as opened:
-        lines = _Lines(opened)
-        try:
-            first = next(lines)
-            separator = "\t" if file.suffix == ".tsv" else max(",;\t", key=first.count)
-            opened.seek(0)
-            lines.number = 0
-            reader = csv.reader(lines, delimiter=separator, strict=True)
-            header = next((cells for cells in reader if cells), [])
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{file}:{lines.number}: the header cannot be read ({error})") from None
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if twice:
-            raise InputError(f"{file}:1: the header names {twice[0]!r} twice")
+    """Rows of a table with a header. The separator is the one of comma, semicolon, tab that the header has most of.
+
+    Behind a broken quote a line of somebody's text could be taken for a row. So a row with one is a bad row only where
+    it is sure that it ends with its line (`_ends_with_its_line`); otherwise it is an error of the file. Bytes that are
+    not UTF-8 are carried through, so that their row ends where it does, and is bad as a whole.
+    """
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        first = next((line for line in lines if line.strip()), "")
+        lines.seek(0)
+        options: dict[str, Any] = {
+            "delimiter": "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count),
+            "strict": True,
+        }
+        header: list[str] = []
+        taken: list[str] = []  # the lines of the row at hand
+        before = 0  # lines before it
+        source: Iterator[str] = iter(lines)
+        reader = csv.reader(_noted(source, taken), **options)
         while True:
-            where = f"{file}:{lines.number + 1}"
+            before += len(taken)
+            taken.clear()
+            where = f"{file}:{before + 1}"
             try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except UnicodeDecodeError as error:
-                place = f"{file}:{lines.number}"
-                byte = error.object[error.start]
-                problem = f"{place}: the line is not UTF-8 (byte 0x{byte:02x} at position {error.start})"
-                yield Row(place, InputError(problem))
-                continue
+                cells = next(reader, None)
             except csv.Error as error:
-                last = lines.number
-                span = "" if f"{file}:{last}" == where else f", which goes on to line {last},"
-                yield Row(where, InputError(f"{where}: the row{span} has a broken quote ({error})"))
+                problem = (
+                    f"{where}: a quote or a line break of this row is broken ({error}, line {before + len(taken)})"
+                )
+                if not header or not _ends_with_its_line(file, before, taken[0], len(header), options):
+                    raise InputError(
+                        f"{problem}, so that nobody knows where the rows after it begin. Correct it; it cannot be "
+                        "skipped"
+                    ) from None
+                yield Row(where, InputError(problem))
+                source = itertools.chain(taken[1:], source)
+                del taken[1:]
+                reader = csv.reader(_noted(source, taken), **options)
                 continue
+            if cells is None:
+                return
             if not cells:
                 continue
-            if len(cells) != len(header):
-                problem = f"{where}: the row has {len(cells)} cells, the header {len(header)}"
-                yield Row(where, InputError(problem))
+            fault = _fault(cells, header)
+            if not header:
+                if fault:
+                    raise InputError(f"{where}: the header {fault}")
+                header = cells
+            elif fault:
+                yield Row(where, InputError(f"{where}: the row {fault}"))
             else:
                 yield Row(where, dict(zip(header, cells, strict=True)))
 
 
+def _noted(lines: Iterator[str], taken: list[str]) -> Iterator[str]:
+    """The lines, each put down in `taken`."""
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _ends_with_its_line(file: Path, before: int, broken: str, width: int, options: dict[str, Any]) -> bool:
+    """Whether a row with a broken quote is just the line `broken`, which stands behind `before` others.
+
+    It is when every quote that it opens is closed in it, or when each line after it is a whole row by itself, so that
+    it was the closing quote that was forgotten.
+    """
+    if broken.count('"') % 2 == 0:
+        return True
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for line in itertools.islice(lines, before + 1, None):
+            try:
+                cells = next(csv.reader([line], **options), [])
+            except csv.Error:
+                return False
+            if line.count('"') % 2 or (cells and len(cells) != width):
+                return False
+    return True
+
+
+_UNDECODED = re.compile("[\udc80-\udcff]")  # how "surrogateescape" spells a byte that is not UTF-8
+
+
+def _fault(cells: list[str], header: list[str]) -> str | None:
+    """What is wrong with a line of a table; without a header, with the line as header."""
+    for number, cell in enumerate(cells, start=1):
+        if found := _UNDECODED.search(cell):
+            return f"is not UTF-8 (byte 0x{ord(found[0]) - 0xDC00:02x} at position {found.start()} of cell {number})"
+    if header:
+        return f"has {len(cells)} cells, the header {len(header)}" if len(cells) != len(header) else None
+    twice = _repeated(cells)
+    return f"names {shown(twice)} twice" if twice is not None else None
+
+
 def _parquet(file: Path) -> Iterator[Row]:
-    return _datasets(str(file), "parquet", data_files=str(file), split="train", streaming=True)
+    return _from_library(
+        str(file),
+        lambda datasets: datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True),
+    )
 
 
 def _hub(source: Source, split: str, streaming: bool) -> Iterator[Row]:
-    return _datasets(source.path, source.path, source.subset, split=split, streaming=streaming)
+    return _from_library(
+        source.path,
+        lambda datasets: datasets.load_dataset(source.path, source.subset, split=split, streaming=streaming),
+    )
 
 
-def _datasets(name: str, *args: Any, **options: Any) -> Iterator[Row]:
+def _saved(folder: Path, split: str) -> Iterator[Row]:
+    """A folder that `datasets` wrote with save_to_disk."""
+
+    def load(datasets: Any) -> Any:
+        found = datasets.load_from_disk(str(folder))
+        if isinstance(found, datasets.DatasetDict):
+            held_out = _held_out_split(found) if split.lower() in _HELD_OUT_WORDS else None
+            name = split if split in found else held_out
+            if name is None:
+                raise InputError(f"data {str(folder)!r} has no split {split!r}; it has {', '.join(map(str, found))}")
+            found = found[name]
+        return found.with_format(None)  # tensors, if it was saved so
+
+    return _from_library(str(folder), load)
+
+
+def _from_library(name: str, load: Callable[[Any], Iterable[Any]]) -> Iterator[Row]:
     import datasets  # a second of import that lines can do without
 
     datasets.disable_progress_bars()
     number = 0
     try:
-        for number, row in enumerate(datasets.load_dataset(*args, **options), start=1):
+        for number, row in enumerate(load(datasets), start=1):
             yield Row(f"{name}: row {number}", row)
+    except InputError:
+        raise
     except Exception as error:  # the library raises many kinds; what a user needs is the name and the reason
         after = f" after row {number}" if number else ""
-        raise InputError(f"data {name!r} cannot be read{after}: {reason(error)}") from error
-
-
-def _saved(folder: Path, split: str) -> Iterator[Row]:
-    """A folder that `datasets` wrote with save_to_disk."""
-    import datasets
-
-    try:
-        found = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise InputError(f"data {str(folder)!r} cannot be read: {reason(error)}") from error
-    if isinstance(found, datasets.DatasetDict):
-        name = split if split in found else None if split == "train" else _held_out_split(found)
-        if name is None:
-            known = ", ".join(map(str, found))
-            raise InputError(f"data {str(folder)!r} has no split {split!r}; it has {known}")
-        found = found[name]
-    for number, row in enumerate(found, start=1):
-        yield Row(f"{folder}: row {number}", row)
+        raise InputError(f"data {name!r} cannot be read{after}: {reason(error)[:400]}") from error
 
 
 def _held_out_split(names: Iterable[Any]) -> str | None:
@@ -363,6 +480,24 @@ def draw_rows(
             if found is None:
                 raise InputError(f"data file {sources[number].path!r} has no rows")
         yield number, found
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value of a row for a message, cut where it is long or deep."""
+    return _short.repr(value)
+
+
+def listed(names: Iterable[Any], count: int = 12) -> str:
+    """The names of a row's fields for a message, the first of them where there are many."""
+    names = list(names)
+    return ", ".join([*map(shown, names[:count]), *(["…"] if len(names) > count else [])]) or "none"
 
 
 def near_columns(name: str, names: Iterable[str]) -> str:

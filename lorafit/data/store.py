@@ -7,6 +7,7 @@ once is kept under a key of everything it depends on, and opened again as a memo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from lorafit.data.tokens import IGNORE, Encoded, Sequence
 
 CACHE_LIMIT = 20 << 30  # bytes; the entries that were not used for longest go first
 _ARRAYS = ("ids", "trained", "offsets", "keys", "origin", "number")
-_PLACE = re.compile(r"(.*?)(\d*)", re.DOTALL)  # "train.jsonl:17" -> "train.jsonl:", "17"
+_PLACE = re.compile(r"(.*?)([1-9][0-9]{0,17}|0?)", re.DOTALL)  # "train.jsonl:17" -> "train.jsonl:", "17"
 
 
 class Sequences:
@@ -75,6 +76,7 @@ class Sequences:
 
     def select(self, chosen: np.ndarray) -> Sequences:
         """Those at the numbers `chosen`, in that order, copied."""
+        chosen = np.asarray(chosen, dtype=np.int64)
         lengths = self.lengths[chosen]
         offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
         where = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
@@ -131,8 +133,14 @@ class Builder:
 def cache_folder() -> Path:
     """$LORAFIT_CACHE, or lorafit/ in the user's cache folder."""
     if own := os.environ.get("LORAFIT_CACHE"):
-        return Path(own).expanduser() / "tokens"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafit" / "tokens"
+        return Path(os.path.expanduser(own)) / "tokens"
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lorafit" / "tokens"
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def save(folder: Path, parts: dict[str, Sequences], meta: dict[str, Any]) -> None:
@@ -146,6 +154,8 @@ def save(folder: Path, parts: dict[str, Sequences], meta: dict[str, Any]) -> Non
                     np.save(draft / f"{part}-{name}.npy", getattr(sequences, name), allow_pickle=False)
             origins = {part: sequences.origins for part, sequences in parts.items()}
             (draft / "meta.json").write_text(json.dumps({"origins": origins, "meta": meta}))
+            (draft / "sums.json").write_text(json.dumps(_sums(draft)))
+            shutil.rmtree(folder, ignore_errors=True)  # what is there could not be read
             os.rename(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -153,8 +163,13 @@ def save(folder: Path, parts: dict[str, Sequences], meta: dict[str, Any]) -> Non
 
 
 def load(folder: Path, parts: tuple[str, ...]) -> tuple[dict[str, Sequences], dict[str, Any]] | None:
-    """(parts, meta) of an entry as memory maps, or None where there is none that can be read."""
+    """(parts, meta) of an entry as memory maps, or None where there is none that is as it was written.
+
+    That is seen by the hashes of its files: a disk that lost power may give back zeros, which would be trained.
+    """
     try:
+        if json.loads((folder / "sums.json").read_bytes()) != _sums(folder):
+            return None
         saved = json.loads((folder / "meta.json").read_bytes())
         found = {}
         for part in parts:
@@ -162,18 +177,20 @@ def load(folder: Path, parts: tuple[str, ...]) -> tuple[dict[str, Sequences], di
                 name: np.load(folder / f"{part}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
             }
             found[part] = Sequences(**arrays, origins=saved["origins"][part])
-        os.utime(folder)  # used now
-    except (OSError, ValueError, KeyError):
+        meta = saved["meta"]
+    except Exception:  # whatever is wrong with it, the rows are still there
         return None
-    whole = all(
-        len(part.trained) == len(part.ids) == part.offsets[-1] and len(part.keys) == len(part)
-        for part in found.values()
-    )
-    return (found, saved["meta"]) if whole else None
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # used now
+    return found, meta
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in folder.iterdir() if file.name != "sums.json"}
 
 
 def _forget_oldest(folder: Path, keep: Path) -> None:
-    entries = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    entries = [path for path in folder.iterdir() if path.is_dir()]  # drafts of a process that was killed are among them
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
     total = sum(sizes.values())
     for path in sorted(entries, key=lambda entry: entry.stat().st_mtime):

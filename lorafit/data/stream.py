@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lorafit.data.corpus import Pipeline, Report
 from lorafit.data.formats import Formatter
-from lorafit.data.loader import Batch, ResumableLoader, collate_rows
+from lorafit.data.loader import Batch, ResumableLoader
 from lorafit.data.packing import best_fit
 from lorafit.data.sources import Row, Source, draw_rows, read_rows
 from lorafit.data.store import Builder, Sequences
@@ -52,19 +52,15 @@ class _Windows(IterableDataset):
         wanted = stream.replica + stream.replicas * (self.skip + number)
         rows = stream.rows(self.epoch)
         rows = itertools.islice(rows, wanted * stream.window, None)
-        while True:
-            mine = list(itertools.islice(rows, stream.window))
-            if not mine:
-                return
-            try:
+        try:
+            while mine := list(itertools.islice(rows, stream.window)):
                 yield stream.read(mine)
-            except InputError as error:
-                # raised again by the process that trains: torch would wrap it in a traceback of its own
-                yield Window(Builder().sequences(), Report(), str(error))
-                return
-            # read past the windows of the others
-            for _ in itertools.islice(rows, (step - 1) * stream.window):
-                pass
+                # read past the windows of the others
+                for _ in itertools.islice(rows, (step - 1) * stream.window):
+                    pass
+        except InputError as error:
+            # raised again by the process that trains: torch would wrap it in a traceback of its own
+            yield Window(Builder().sequences(), Report(), str(error))
 
 
 class StreamLoader:
@@ -126,22 +122,19 @@ class StreamLoader:
                 built.add(kept, example.key(), example.where)
         return Window(built.sequences(), pipeline.report)
 
-    def batches(self, sequences: Sequences, epoch: int, window: int) -> Iterator[list[Any]]:
-        """The batches of a window, each a list of rows of examples."""
-        if not len(sequences):
-            return
+    def window_loader(self, sequences: Sequences, window: int) -> ResumableLoader:
+        """The batches of a window: `batches(epoch)` gives their rows."""
         rows = best_fit(sequences.lengths, self.encoder.max_length) if self.packing else None
-        order = ResumableLoader(
+        return ResumableLoader(
             sequences,
             self.batch_size,
             self.pad_id,
             rows=rows,
+            padding_free=self.padding_free,
             shuffle=True,
             group_by_length=self.group_by_length,
             seed=self.seed + 104_729 * (window + 1),
         )
-        for batch in order.batches(epoch):
-            yield [order.data[row] for row in batch]
 
     def __iter__(self) -> Iterator[Batch]:
         while self.handed_out < self.length:
@@ -160,17 +153,21 @@ class StreamLoader:
                 if not self.position:
                     self._count(window)
                 number = self.replica + self.replicas * self.at_window
-                batches = list(self.batches(window.sequences, self.epoch, number))
-                found = found or bool(batches)
-                for batch in batches[self.position :]:
+                found = found or len(window.sequences) > 0
+                order = self.window_loader(window.sequences, number)
+                for batch in order.batches(self.epoch)[self.position :]:
                     self.position += 1
                     self.handed_out += 1
-                    yield collate_rows(batch, self.pad_id, packed=self.packing, padding_free=self.padding_free)
+                    yield order.batch(batch)
                     if self.handed_out == self.length:
                         return
                 self.at_window, self.position = self.at_window + 1, 0
             if not found:
-                raise InputError("no row of the data has a token to train: look at it with `python -m lorafit.audit`")
+                which = f" of those that fall to process {self.replica + 1} of {self.replicas}"
+                raise InputError(
+                    f"no row of the data{which if self.replicas > 1 else ''} has a token to train: look at it with "
+                    f"`python -m lorafit.audit`{', or lower data.window' if self.replicas > 1 else ''}"
+                )
             self.epoch, self.at_window, self.position = self.epoch + 1, 0, 0
 
     def _count(self, window: Window) -> None:
@@ -180,19 +177,25 @@ class StreamLoader:
             self.tokens += len(window.sequences.ids)
             self.supervised_tokens += int(window.sequences.trained.sum())
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch, window, batches of it handed out, and batches handed out in all."""
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, window, batches of it handed out, batches handed out in all, and what was counted."""
         return {
             "epoch": self.epoch,
             "window": self.at_window,
             "position": self.position,
             "handed_out": self.handed_out,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "report": self.report.as_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there at the next iteration."""
         self.epoch, self.at_window = state["epoch"], state["window"]
         self.position, self.handed_out = state["position"], state["handed_out"]
+        self.examples, self.tokens = state["examples"], state["tokens"]
+        self.supervised_tokens, self.report = state["supervised_tokens"], Report.of(state["report"])
 
 
 def _as_it_is(window: Window) -> Window:

@@ -4,13 +4,13 @@ A `Rendered` text knows, to the character, the content of every turn and the spa
 where the model takes over from the prompt to the end of the mark that closes its turn. Nothing about labels is guessed
 from tokens.
 
-`ChatTemplate` is the tokenizer's own template. Where it has {% generation %} marks, they say what an answer is. Where
-it has none, its *prefixes* say it: the conversation up to each answer is rendered with the prompt for generation, and
-so is the conversation up to its end. Prefixes are rendered once per pattern of roles, with placeholders for the
-contents, and the text of a row is then held against that skeleton from its first character to its last. So a template
-that moves the system text to the last question (Mistral) or dresses up the last answer alone (Qwen3) is read rightly;
-one that rewrites contents is read by the prefixes of the row itself; and what neither explains is refused, never
-guessed.
+`ChatTemplate` is the tokenizer's own template. What it puts around an answer is found once per pattern of roles, with
+placeholders for the contents: an answer begins where the prompt for generation ends, and ends with the mark behind it;
+{% generation %} marks, where there are any, say it more closely. The text of a row is then held against that skeleton
+from its first character to its last. So a template that moves the system text to the last question (Mistral) or dresses
+up the last answer alone (Qwen3) is read rightly. Where a template rewrites contents (Qwen3 leaves out old thoughts),
+the row is rendered again with a placeholder for each answer in turn, and what stands around that must stand around the
+answer too. What neither explains is refused, never guessed.
 
 `PlainTemplate` is for models without one: the turns, a line break after each question, an end token after each answer.
 """
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 # what looks like the mark of a turn in text, whether or not the tokenizer knows it
 _MARK_LIKE = re.compile(r"<\|[^<>|\s]+\|>|</?[a-z]+(?:_[a-z]+)+>|</?s>|\[/?[A-Z_]+\]")
 
@@ -75,15 +76,16 @@ class PlainTemplate:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """What a template puts around the contents of one pattern of roles: `order[i]` is the turn whose content stands
-    between `around[i]` and `around[i + 1]`; `lead[turn]` and `close[turn]` are how many characters before and after
-    an answer's content belong to it."""
+    """What a template puts around the contents of one pattern of roles. `order[i]` is the turn whose content stands
+    between `around[i]` and `around[i + 1]`; both are empty where a content is repeated. `lead[turn]` and
+    `close[turn]` are what of the text before and behind an answer's content belongs to it, `behind[turn]` is all that
+    stands behind it up to the next content."""
 
     order: tuple[int, ...]
     around: tuple[str, ...]
-    lead: dict[int, int]
-    close: dict[int, int]
-    closed: bool
+    lead: dict[int, str]
+    close: dict[int, str]
+    behind: dict[int, str]
 
 
 class ChatTemplate:
@@ -103,9 +105,10 @@ class ChatTemplate:
         self.system = system
         self.marked = bool(_MARKS.search(self.source))
         self._variables = dict(tokenizer.special_tokens_map)
-        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self.added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        self._closing = re.compile(rf"\s*(?:{self.added.pattern})")
+        self.added = tuple(
+            sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        )
+        self._closing = re.compile(rf"\s*(?:{'|'.join(map(re.escape, self.added)) or '(?!)'})")
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
 
     # -------------------------------------------------------------------------------------------- a conversation
@@ -114,20 +117,28 @@ class ChatTemplate:
         """The text of a conversation that ends with an answer; raises InputError for one that the template refuses or
         in which its answers cannot be told from the rest."""
         turns = self._with_system(turns)
-        text, marks = self._apply(turns, where, marks=self.marked)
+        text, _ = self._apply(turns, where)
         skeleton = self._skeleton(tuple(turn.role for turn in turns))
         contents = None if skeleton is None else _walk(skeleton, turns, text)
-        assistants = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-        if len(marks) == len(assistants):
-            answers = [self._whole_mark(text, span) for span in marks]
-        elif skeleton is not None and contents is not None:
-            answers = [
-                (contents[index][0] - skeleton.lead[index], contents[index][1] + skeleton.close[index])
-                for index in assistants
-            ]
+        if skeleton is None:
+            answers = self._as_marked(turns)
+        elif contents is None:
+            answers = self._one_by_one(skeleton, turns, text)
         else:
-            answers = self._prefixes(turns, text, where)
-        closed = bool(self.added.search(text, *answers[-1])) and self._ends_with_mark(text[slice(*answers[-1])])
+            answers = [
+                (contents[index][0] - len(lead), contents[index][1] + len(skeleton.close[index]))
+                for index, lead in skeleton.lead.items()
+            ]
+        if answers is None:
+            before = f"{where}: " if where else ""
+            if skeleton is None and (absent := self._left_out(turns)):
+                hint = "data.system=fold, or drop" if absent == "system" else "data.template=plain"
+                raise InputError(f"{before}the chat template leaves out the {absent} text. Take {hint}")
+            raise InputError(
+                f"{before}the chat template changes the answers of this conversation, or what stands around them, so "
+                "that they cannot be told from the rest. Take data.template=plain"
+            )
+        closed = text.endswith(self.added, *answers[-1])
         return Rendered(text, tuple(contents or [None] * len(turns)), tuple(answers), closed, plain=False)
 
     def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -157,117 +168,123 @@ class ChatTemplate:
             raise InputError(f"{before}the chat template refuses this conversation ({reason(error)}).{hint}") from error
         return texts[0], [(start, end) for start, end in spans[0]] if marks else []
 
-    def _whole_mark(self, text: str, span: Span) -> Span:
-        """A marked answer from its first character to the end of the token that closes it, and no further."""
-        start, end = span
-        inside = [found.end() for found in self.added.finditer(text, start, end)]
-        if inside and text[inside[-1] : end].isspace():
-            return start, inside[-1]
-        if inside and inside[-1] == end:
-            return span
-        closing = self._closing.match(text, end)
-        return (start, closing.end()) if closing else span
-
-    def _ends_with_mark(self, text: str) -> bool:
-        return any(found.end() == len(text) for found in self.added.finditer(text))
-
     # -------------------------------------------------------------------------------------------- the skeleton
 
     def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
+        """None where a content is left out, or the template's marks are around other text than the answers."""
         if roles not in self._skeletons:
             self._skeletons[roles] = self._make_skeleton(roles)
         return self._skeletons[roles]
 
     def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
-        names = [f"\ue000{index}\ue001" for index in range(len(roles))]
-        turns = tuple(Turn(role, name) for role, name in zip(roles, names, strict=True))
-        text, _ = self._apply(turns)
-        if any(text.count(name) != 1 for name in names):
-            return None  # a content is left out or repeated: nothing that a skeleton can say
-        order = sorted(range(len(roles)), key=lambda index: text.index(names[index]))
-        around, at = [], 0
-        for index in order:
-            start = text.index(names[index])
-            around.append(text[at:start])
-            at = start + len(names[index])
-        around.append(text[at:])
-        lead, close, closed = {}, {}, False
-        for place, index in enumerate(order):
-            if roles[index] == "assistant":
-                lead[index] = self._lead(turns[:index], around[place])
-                closing = self._closing.match(around[place + 1])
-                close[index] = closing.end() if closing else 0
-                closed = closing is not None
-        return _Skeleton(tuple(order), tuple(around), lead, close, closed)
+        turns = tuple(Turn(role, _placeholder(index)) for index, role in enumerate(roles))
+        text, marks = self._apply(turns, marks=self.marked)
+        found = list(_PLACEHOLDER.finditer(text))
+        order = tuple(int(place[1]) for place in found)
+        edges = [0, *(edge for place in found for edge in place.span()), len(text)]
+        around = tuple(text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
+        answers = [index for index, role in enumerate(roles) if role == "assistant"]
+        if set(order) != set(range(len(roles))):
+            return None
+        lead, close, behind = {}, {}, {}
+        for number, index in enumerate(answers):
+            place = order.index(index)
+            start, end = found[place].span()
+            before, behind[index] = around[place], around[place + 1]
+            lead[index] = self._lead(turns[:index], before)
+            closing = self._closing.match(behind[index])
+            close[index] = closing[0] if closing else ""
+            if len(marks) == len(answers):
+                first, last = marks[number]
+                if not first <= start < end <= last:
+                    return None
+                # of a mark around the header too, the header is still given by the prompt
+                lead[index] = min(lead[index], text[first:start], key=len)
+                close[index] = max(close[index], text[end:last].rstrip(), key=len)
+        once = len(order) == len(roles)
+        return _Skeleton(order if once else (), around if once else (), lead, close, behind)
 
-    def _lead(self, before: tuple[Turn, ...], opening: str) -> int:
-        """How many characters of `opening`, which stands before an answer, the model writes itself.
+    def _lead(self, before: tuple[Turn, ...], opening: str) -> str:
+        """What of `opening`, which stands before an answer, the model writes itself.
 
         What the prompt for generation holds is given to it. Where a template takes no such prompt, white space is the
         model's (Llama 2: "[/INST] answer"), and a header is not.
         """
         with_prompt, without = self._apply(before, generation=True)[0], self._apply(before)[0]
-        tail = with_prompt[_end_of_contents(with_prompt, len(before)) :]
+        tail = _behind_contents(with_prompt)
         if opening.startswith(tail):
             rest = opening[len(tail) :]
-            return len(rest) if with_prompt != without or rest.isspace() else 0
-        return 0
+            return rest if with_prompt != without or rest.isspace() else ""
+        return ""
 
     def opening(self) -> tuple[str, str]:
         """(what a question is followed by in use, what it is followed by when it has an answer)."""
-        turns = (Turn("user", "\ue0000\ue001"), Turn("assistant", "\ue0001\ue001"))
+        turns = (Turn("user", _placeholder(0)), Turn("assistant", _placeholder(1)))
         asked, answered = self._apply(turns[:1], generation=True)[0], self._apply(turns)[0]
-        start = _end_of_contents(answered, 1)
-        end = answered.find("\ue0001\ue001")
-        return asked[_end_of_contents(asked, 1) :], answered[start : end if end >= 0 else len(answered)]
+        return _behind_contents(asked), _behind_contents(answered.partition(_placeholder(1))[0])
+
+    def lead(self) -> str:
+        """What the model writes before an answer as the template has it, such as the marks of an empty thought."""
+        skeleton = self._skeleton(("user", "assistant"))
+        return "" if skeleton is None else skeleton.lead[1]
 
     def unknown_marks(self) -> list[str]:
         """Marks by which the template closes an answer although they are no tokens of this tokenizer."""
         skeleton = self._skeleton(("user", "assistant"))
-        if skeleton is None or skeleton.closed:
+        if skeleton is None or skeleton.close[1].endswith(self.added):
             return []
-        return [mark for mark in _MARK_LIKE.findall(skeleton.around[-1]) if not self.added.fullmatch(mark)]
+        return [mark for mark in _MARK_LIKE.findall(skeleton.behind[1]) if mark not in self.added]
 
     def end_mark(self) -> str | None:
         """The token that closes an answer, or None where the template has none."""
         skeleton = self._skeleton(("user", "assistant"))
-        if skeleton is None or not skeleton.closed:
+        if skeleton is None or not skeleton.close[1].endswith(self.added):
             return None
-        return skeleton.around[-1][: skeleton.close[1]].strip()
+        return skeleton.close[1].strip()
 
-    # -------------------------------------------------------------------------------------------- a row's own prefixes
+    # -------------------------------------------------------------------------------------------- other rows
 
-    def _prefixes(self, turns: tuple[Turn, ...], text: str, where: str) -> list[Span]:
+    def _one_by_one(self, skeleton: _Skeleton, turns: tuple[Turn, ...], text: str) -> list[Span] | None:
+        """The answers of a row whose contents the template rewrites: what stands around each, when a placeholder is
+        in its place, must stand around it in the text too."""
         answers = []
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            start = self._apply(turns[:index], where, generation=True)[0]
-            end = self._apply(turns[: index + 1], where)[0]
-            if not (end.startswith(start) and text.startswith(end)):
-                before = f"{where}: " if where else ""
-                raise InputError(
-                    f"{before}the chat template renders what stands before an answer differently once it is answered, "
-                    f"so the answer (turn {index}) cannot be told apart from it. Take data.template=plain"
-                )
-            found = [mark.end() for mark in self.added.finditer(end, len(start))]
-            closed = bool(found) and (found[-1] == len(end) or end[found[-1] :].isspace())
-            answers.append((len(start), found[-1] if closed else len(end)))
+        for index, lead in skeleton.lead.items():
+            name, close = _placeholder(index), skeleton.close[index]
+            other, _ = self._apply((*turns[:index], turns[index]._replace(content=name), *turns[index + 1 :]))
+            before, found, behind = other.partition(name)
+            before, behind = before.removesuffix(lead), behind.removeprefix(close)
+            start, end = len(before), len(text) - len(behind)
+            if not found or start > end or not (text.startswith(before) and text.endswith(close + behind)):
+                return None
+            answers.append((start, end))
         return answers
 
+    def _left_out(self, turns: tuple[Turn, ...]) -> str | None:
+        """The role of the first turn whose content is not in the text."""
+        named = tuple(turn._replace(content=_placeholder(index)) for index, turn in enumerate(turns))
+        text, _ = self._apply(named)
+        return next((turn.role for turn in named if turn.content not in text), None)
 
-def _end_of_contents(text: str, count: int) -> int:
-    """Where the last of the first `count` placeholders ends; 0 where there is none."""
-    return max(
-        (text.find(name) + len(name) for index in range(count) if (name := f"\ue000{index}\ue001") in text), default=0
-    )
+    def _as_marked(self, turns: tuple[Turn, ...]) -> list[Span] | None:
+        """What {% generation %} marks say, wherever they are: the checks hold it against the answers."""
+        marks = self._apply(turns, marks=True)[1] if self.marked else []
+        return marks if len(marks) == sum(turn.role == "assistant" for turn in turns) else None
+
+
+def _placeholder(index: int) -> str:
+    return f"\ue000{index}\ue001"
+
+
+def _behind_contents(text: str) -> str:
+    """What stands behind the last placeholder."""
+    return text[max((found.end() for found in _PLACEHOLDER.finditer(text)), default=0) :]
 
 
 def _walk(skeleton: _Skeleton, turns: tuple[Turn, ...], text: str) -> list[Span] | None:
     """The span of each content, when the text is the skeleton with these contents in it, trimmed or not; else None."""
-    spans: list[Span] = [(0, 0)] * len(turns)
-    if not text.startswith(skeleton.around[0]):
+    if not skeleton.order or not text.startswith(skeleton.around[0]):
         return None
+    spans: list[Span] = [(0, 0)] * len(turns)
     at = len(skeleton.around[0])
     for index, following in zip(skeleton.order, skeleton.around[1:], strict=True):
         content = turns[index].content

@@ -1,10 +1,10 @@
 """Conversations as token ids, and which of them are trained.
 
 A text is tokenized whole, as the tokenizer of the model in use would, and an answer's tokens are found by the
-characters they stand for. Where a token lies across the place at which an answer begins (a space or a line break that
-merges with it), the text is cut there first: in use the prompt is tokenized alone, and the model must meet the
-boundary that it was trained on. The mark that closes an answer is trained with it, or the model would never stop; it
-is told by its place and not by its id, so that it is trained also where padding has the same id.
+characters they stand for. Where a token lies across the place at which an answer begins or ends (a space or a line
+break that merges with it), the text is cut there first: in use the prompt is tokenized alone, and the model must meet
+the boundary that it was trained on. The mark that closes an answer is trained with it, or the model would never stop;
+it is told by its place and not by its id, so that it is trained also where padding has the same id.
 
 What stands behind the last trained token is cut, since nothing is learned from it. The first token of a text is never
 trained: there is no place to predict it from.
@@ -15,8 +15,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -64,7 +65,8 @@ def load_tokenizer(
 class Encoded:
     """One conversation as tokens, uncut: ids [length] (int32), and for each whether it is trained (bool).
 
-    asked: token ranges of the contents that nothing is learned from, which may be cut when the whole is too long.
+    asked: where the whole is too long and questions may be cut, the token ranges of their contents, and of those of
+    answers that nothing is learned from.
     """
 
     ids: np.ndarray
@@ -75,6 +77,23 @@ class Encoded:
         """{"input_ids", "labels"}, int64 arrays: a label is -100 where nothing is trained."""
         ids = self.ids.astype(np.int64)
         return {"input_ids": ids, "labels": np.where(self.trained, ids, IGNORE)}
+
+
+class _Tokens(NamedTuple):
+    """A text as tokens. locate: from a character to the first token that starts at it or later; offsets: the
+    characters of each token, nothing where the tokenizer does not tell."""
+
+    ids: list[int]
+    locate: Callable[[int], int]
+    offsets: Callable[[], list[Span]]
+
+    def without(self, count: int) -> _Tokens:
+        """What stands behind the first character, which has `count` tokens."""
+        return _Tokens(
+            self.ids[count:],
+            lambda at: self.locate(at + 1) - count,
+            lambda: [(start - 1, end - 1) for start, end in self.offsets()[count:]],
+        )
 
 
 class Encoder:
@@ -113,10 +132,8 @@ class Encoder:
         use_chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.chat = ChatTemplate(tokenizer, system=system) if use_chat else None
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        if self._backend is not None:
-            # a tokenizer's file may ask for either, and would cut in silence
-            self._backend.no_truncation()
-            self._backend.no_padding()
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._alone: dict[str, list[int]] = {}
         self.beginning = self._special_beginning()
         # a tokenizer of SentencePiece's kind puts a space before every text, also before the rest of a text
         self._adds_space = self._ids("\na")[-len(self._ids("a")) :] != self._ids("a")
@@ -148,8 +165,7 @@ class Encoder:
                 rendered.append(self.render(example))
             except InputError as error:
                 rendered.append(error)
-        texts = [item.text for item in rendered if isinstance(item, Rendered)]
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False) if self._backend else texts)
+        encodings = iter(self._encode_batch([item.text for item in rendered if isinstance(item, Rendered)]))
         return [
             self._encoded(example, item, next(encodings)) if isinstance(item, Rendered) else item
             for example, item in zip(examples, rendered, strict=True)
@@ -163,7 +179,8 @@ class Encoder:
     def encode_prompt(self, example: Example) -> list[int]:
         """What the model is given in use: everything before the last answer, up to where the answer begins."""
         rendered = self.render(example)
-        return self._begin(rendered) + self._ids(rendered.text[: rendered.answers[-1][0]])
+        tokens = self._tokenize(rendered, self._encode_batch([rendered.text])[0])
+        return self._begin(rendered) + tokens.ids[: tokens.locate(rendered.answers[-1][0])]
 
     def _encoded(self, example: Example, rendered: Rendered, encoding: Any) -> Encoded:
         assistants = [turn for turn in example.turns if turn.role == "assistant"]
@@ -172,30 +189,37 @@ class Encoder:
             for index, (turn, span) in enumerate(zip(assistants, rendered.answers, strict=True))
             if turn.trained and (self.train_on != "last_turn" or index == len(assistants) - 1)
         ]
-        ids, locate = self._tokenize(rendered, encoding)
-        begin = self._begin(rendered)
-        ranges = [(len(begin) + locate(start), len(begin) + locate(end)) for start, end in chosen]
-        asked = [
-            (len(begin) + locate(start), len(begin) + locate(end))
-            for start, end in (span for span in rendered.contents if span is not None)
-            if not any(one <= start and end <= other for one, other in chosen)
-        ]
+        tokens, begin = self._tokenize(rendered, encoding), self._begin(rendered)
+        ranges = [(len(begin) + tokens.locate(start), len(begin) + tokens.locate(end)) for start, end in chosen]
+        ids = tokens.ids
         if not rendered.closed:  # no mark in the text: the end token closes the last answer
-            ids = ids[: locate(rendered.answers[-1][1])]
             end_id = int(self.tokenizer.eos_token_id)
-            if ids[-1:] != [end_id]:
-                ids = [*ids, end_id]
-                if chosen and chosen[-1] == rendered.answers[-1]:
-                    ranges[-1] = (ranges[-1][0], len(begin) + len(ids))
+            ids = [*ids[: tokens.locate(rendered.answers[-1][1])], end_id]
+            if chosen and chosen[-1] == rendered.answers[-1]:
+                ranges[-1] = (ranges[-1][0], len(begin) + len(ids))
         if self.train_on == "all":
-            ranges, asked = [(0, len(begin) + len(ids))], []
+            ranges = [(0, len(begin) + len(ids))]
         length = max((end for _, end in ranges), default=len(begin) + len(ids))
         all_ids = np.array([*begin, *ids][:length], dtype=np.int32)
         trained = np.zeros(len(all_ids), dtype=bool)
         for start, end in ranges:
             trained[start:end] = True
         trained[:1] = False
-        return Encoded(all_ids, trained, tuple((start, end) for start, end in asked if end <= length))
+        asked: list[Span] = []
+        if length > self.max_length and self.overflow == "truncate_prompt" and self.train_on != "all":
+            offsets, turns = (
+                tokens.offsets(),
+                example.turns[-len(rendered.contents) :],
+            )  # as the system text may be gone
+            asked = [
+                (len(begin) + first, len(begin) + last)
+                for turn, span in zip(turns, rendered.contents, strict=True)
+                if turn.role != "system" and span is not None
+                if not any(one <= span[0] and span[1] <= other for one, other in chosen)
+                for first, last in [_inside(offsets, *span)]
+                if first < last and len(begin) + last <= length
+            ]
+        return Encoded(all_ids, trained, tuple(sorted(asked)))
 
     def _begin(self, rendered: Rendered) -> list[int]:
         # a chat template writes its own beginning
@@ -227,42 +251,97 @@ class Encoder:
 
     # -------------------------------------------------------------------------------------------- tokens
 
-    def _tokenize(self, rendered: Rendered, encoding: Any) -> tuple[list[int], Callable[[int], int]]:
-        """The ids of a text, no token lying across the beginning of an answer, and a function from a character to the
-        first token that starts at it or later."""
-        text = rendered.text
-        if self._backend is not None and all(_is_clean(encoding, text, start) for start, _ in rendered.answers):
-            return encoding.ids, lambda at: _locate(encoding, text, at)
-        # rare, so that it need not be fast: the text in pieces, cut at both ends of every answer
-        edges = sorted({0, len(text), *(at for span in rendered.answers for at in span)})
+    def _encode_batch(self, texts: list[str]) -> list[Any]:
+        if self._backend is None:
+            return texts
+        # a tokenizer's file may ask for either, and so may whoever used it last; they would cut or fill up in silence
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return self._backend.encode_batch(texts, add_special_tokens=False)
+
+    def _tokenize(self, rendered: Rendered, encoding: Any) -> _Tokens:
+        """The tokens of a text, none of which lies across the beginning or the end of an answer."""
+        text, ids = rendered.text, encoding.ids if self._backend is not None else []
+        if self._backend is not None and all(
+            self._begins_clean(encoding, ids, text, start) and self._ends_clean(encoding, ids, text, end)
+            for start, end in rendered.answers
+        ):
+            return _Tokens(ids, partial(_locate, encoding, text), lambda: encoding.offsets)
+        # rare, so that it need not be fast: the text in pieces, cut where an answer begins, and where it ends without
+        # a mark (some marks swallow the white space behind them)
+        ends = (end for _, end in rendered.answers if self._backend is None or not self._closes(encoding, ids, end))
+        edges = sorted({0, len(text), *(start for start, _ in rendered.answers), *ends})
         pieces = [
             self._continue(text[start:end]) if start else self._start(text[:end]) for start, end in pairwise(edges)
         ]
-        tokens_at = [0, *accumulate(len(found) for found, _ in pieces)]
+        tokens_at = [0, *accumulate(len(piece.ids) for piece in pieces)]
 
         def locate(at: int) -> int:
-            piece = bisect_left(edges, at)
-            if piece == len(edges) or edges[piece] == at:
-                return tokens_at[min(piece, len(edges) - 1)]
-            found, inside = pieces[piece - 1]
-            return tokens_at[piece - 1] + min(inside(at - edges[piece - 1]), len(found))
+            place = bisect_left(edges, at)
+            if place == len(edges) or edges[place] == at:
+                return tokens_at[min(place, len(edges) - 1)]
+            return tokens_at[place - 1] + pieces[place - 1].locate(at - edges[place - 1])
 
-        return [token for found, _ in pieces for token in found], locate
+        def offsets() -> list[Span]:
+            return [
+                (edge + start, edge + end)
+                for edge, piece in zip(edges, pieces, strict=False)
+                for start, end in piece.offsets()
+            ]
 
-    def _start(self, text: str) -> tuple[list[int], Callable[[int], int]]:
+        return _Tokens([token for piece in pieces for token in piece.ids], locate, offsets)
+
+    def _begins_clean(self, encoding: Any, ids: list[int], text: str, at: int) -> bool:
+        """Whether the tokens of a text part at character `at`, and those before it are those of that text alone.
+
+        Some tokenizers leave white space out of their offsets; then it is unclear whose it is, and the answer is no.
+        """
+        if at <= 0 or at >= len(text):
+            return True
+        token = encoding.char_to_token(at)
+        if token is None or encoding.token_to_chars(token)[0] < at:
+            return False
+        if token and encoding.token_to_chars(token - 1)[1] < at:
+            return False
+        if not text[max(0, at - 2) : at].isspace() or at < 2:
+            return True
+        # the last of several spaces or line breaks may go with what follows, as in GPT-2's "\n\n" before a word
+        first = token - 1
+        while first > 0 and ids[first] not in self._added:
+            first -= 1
+        tail = text[encoding.token_to_chars(first)[0] : at]
+        if tail not in self._alone:
+            if len(self._alone) > 1000:
+                self._alone.clear()
+            self._alone[tail] = self._encode_batch([tail])[0].ids
+        return self._alone[tail] == ids[first:token]
+
+    def _ends_clean(self, encoding: Any, ids: list[int], text: str, at: int) -> bool:
+        """Whether no token lies across character `at`, where an answer ends."""
+        if at >= len(text) or self._closes(encoding, ids, at):
+            return True
+        token = encoding.char_to_token(at)
+        return token is not None and encoding.token_to_chars(token)[0] >= at
+
+    def _closes(self, encoding: Any, ids: list[int], at: int) -> bool:
+        """Whether the token before character `at` is one of the marks that are cut out of any text."""
+        token = encoding.char_to_token(at - 1)
+        return token is not None and ids[token] in self._added
+
+    def _start(self, text: str) -> _Tokens:
         if self._backend is None:  # a tokenizer without offsets knows the ends of a piece alone
             ids = self._ids(text)
-            return ids, lambda at: len(ids)
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, lambda at: _locate(encoding, text, at)
+            return _Tokens(ids, lambda at: len(ids), list)
+        encoding = self._encode_batch([text])[0]
+        return _Tokens(encoding.ids, partial(_locate, encoding, text), lambda: encoding.offsets)
 
-    def _continue(self, text: str) -> tuple[list[int], Callable[[int], int]]:
+    def _continue(self, text: str) -> _Tokens:
         """A text that goes on from another, without the space that some tokenizers put before every text."""
-        if self._adds_space:
-            lead = self._ids("\n")
-            ids, locate = self._start("\n" + text)
-            if ids[: len(lead)] == lead:
-                return ids[len(lead) :], lambda at: locate(at + 1) - len(lead)
+        for before in ("\n", "x", ".") if self._adds_space else ():
+            lead, found = self._ids(before), self._start(before + text)
+            # not where it merged with the text
+            if found.ids[: len(lead)] == lead and found.locate(1) == len(lead):
+                return found.without(len(lead))
         return self._start(text)
 
     def _ids(self, text: str) -> list[int]:
@@ -283,17 +362,14 @@ def _locate(encoding: Any, text: str, at: int) -> int:
     return len(encoding)
 
 
-def _is_clean(encoding: Any, text: str, at: int) -> bool:
-    """Whether the tokens of a text part at character `at`: those before end there, and the next one starts there.
-
-    Some tokenizers leave white space out of their offsets; then it is unclear whose it is, and the answer is no.
-    """
-    if at <= 0 or at >= len(text):
-        return True
-    token = encoding.char_to_token(at)
-    if token is None:
-        return False
-    start, _ = encoding.token_to_chars(token)
-    if start < at:
-        return False
-    return token == 0 or encoding.token_to_chars(token - 1)[1] >= at
+def _inside(offsets: list[Span], start: int, end: int) -> Span:
+    """The range of the tokens that stand for characters of [start, end) and for no others."""
+    first = last = 0
+    before = 0  # where the token before ends: what offsets leave out belongs to the next token
+    for index, (one, other) in enumerate(offsets):
+        if min(one, before) < start:
+            first = index + 1
+        if other <= end:
+            last = index + 1
+        before = max(before, other)
+    return first, last
