@@ -144,7 +144,8 @@ def prove_packing(config: Config, data: FinetuneDataModule, model: Any) -> Isola
     if not (config.data.packing or config.data.padding_free):
         return None
     setting = "data.packing" if config.data.packing else "data.padding_free"
-    return require_isolation(model, data.sample_for_packing(), int(data.tokenizer.pad_token_id), setting)
+    rows = 1 if config.data.padding_free else min(2, config.data.batch_size)
+    return require_isolation(model, data.sample_for_packing(), int(data.tokenizer.pad_token_id), setting, rows=rows)
 
 
 def open_logger(config: Config, folder: Path, job_type: str = "train") -> contextlib.AbstractContextManager[Any]:

@@ -27,7 +27,7 @@ from lorafit.data import (
     parse_sources,
     read_corpus,
 )
-from lorafit.data.checks import Refusal, check_labels, check_sequences, check_template, one_of_each
+from lorafit.data.checks import Refusal, check_labels, check_sequences, check_template, one_of_each, require_vocabulary
 from lorafit.data.corpus import ON_BAD_ROW
 from lorafit.data.loader import shares_of
 from lorafit.data.packing import best_fit
@@ -127,6 +127,7 @@ class FinetuneDataModule(L.LightningDataModule):
         self._rows: list[list[int]] | None = None
         self._row_sizes: list[int] = []
         self._stream: StreamLoader | None = None
+        self._vocabulary: int | None = None
         self._ready = False
 
     # ---------------------------------------------------------------------------------------------- reading
@@ -246,17 +247,11 @@ class FinetuneDataModule(L.LightningDataModule):
         return np.flatnonzero(np.isin(self.train_sequences.keys, self.eval_sequences.keys))
 
     def check_vocabulary(self, size: int) -> None:
-        """Raise InputError, naming the row, if a token id lies outside a vocabulary of `size`."""
+        """Raise InputError, naming the row, if a token id lies outside a vocabulary of `size`; what is streamed later
+        is checked as it comes."""
+        self._vocabulary = size
         for sequences in (self.train_sequences, self.eval_sequences):
-            outside = np.flatnonzero(sequences.ids >= size)
-            if len(outside):
-                token = int(sequences.ids[outside[0]])
-                index = int(np.searchsorted(sequences.offsets, outside[0], side="right")) - 1
-                raise InputError(
-                    f"{sequences.place(index)}: the tokenizer gives token id {token} "
-                    f"({self.tokenizer.convert_ids_to_tokens(token)!r}), the model knows {size} tokens: they do not "
-                    "belong together"
-                )
+            require_vocabulary(sequences, size, self.encoder)
 
     def statistics(self) -> dict[str, Any]:
         """The `data` part of metrics.json. With streaming it counts what was read so far."""
@@ -350,6 +345,7 @@ class FinetuneDataModule(L.LightningDataModule):
             limit=self.limit,
             split=self.split,
             on_bad_row=self.on_bad_row,
+            vocabulary=self._vocabulary,
             seed=self.seed,
             num_workers=self.num_workers,
             replica=replica,

@@ -72,21 +72,27 @@ def repeated_rows(source: str, rows: int, folder: Path) -> Path:
     return path
 
 
-def lorafit_side(path: Path, name: str) -> Callable[[], int]:
-    def run() -> int:
+# runs once: (tokens, seconds)
+Side = Callable[[], tuple[int, float]]
+
+
+def lorafit_side(path: Path, name: str) -> Side:
+    def run() -> tuple[int, float]:
+        began = time.perf_counter()
         encoder = Encoder(load_tokenizer(name), max_length=MAX_LENGTH)
         corpus = read_corpus(parse_sources(str(path)), encoder, eval_fraction=0.01)
-        return len(corpus.train.ids) + len(corpus.held_out.ids)
+        return len(corpus.train.ids) + len(corpus.held_out.ids), time.perf_counter() - began
 
     return run
 
 
-def datasets_side(path: Path, name: str, processes: int, *, labels: bool) -> Callable[[], int]:
+def datasets_side(path: Path, name: str, processes: int, *, labels: bool) -> Side:
     import datasets
 
     datasets.disable_progress_bars()
 
-    def run() -> int:
+    def run() -> tuple[int, float]:
+        began = time.perf_counter()
         tokenizer: Any = load_tokenizer(name)
         chat = tokenizer.chat_template is not None
 
@@ -115,10 +121,10 @@ def datasets_side(path: Path, name: str, processes: int, *, labels: bool) -> Cal
             else:
                 rendered = [{"text": texts(messages)[1]} for messages in rows["messages"]]
                 rows = datasets.Dataset.from_list(rendered)
-                run.began = time.perf_counter()  # type: ignore[attr-defined]  # rendering is not counted here
+                began = time.perf_counter()  # neither reading nor rendering counts here
                 done = rows.map(only_text, batched=True, remove_columns=["text"], **options)
-            run.ended = time.perf_counter()  # type: ignore[attr-defined]  # nor is the sum of lengths below
-            return sum(len(ids) for ids in done["input_ids"])
+            seconds = time.perf_counter() - began
+            return sum(len(ids) for ids in done["input_ids"]), seconds
 
     return run
 
@@ -127,7 +133,7 @@ def speed(name: str, source: str, rows: int, rounds: int) -> list[dict[str, Any]
     """Tokens per second of each side: the medians of so many rounds."""
     with tempfile.TemporaryDirectory() as folder:
         path = repeated_rows(source, rows, Path(folder))
-        sides: dict[str, Callable[[], int]] = {"lorafit: all of it": lorafit_side(path, name)}
+        sides: dict[str, Side] = {"lorafit: all of it": lorafit_side(path, name)}
         for labels in (False, True):
             for processes in (1, 2):
                 what = f"datasets.map: {'labels' if labels else 'text alone'}, num_proc={processes}"
@@ -136,13 +142,10 @@ def speed(name: str, source: str, rows: int, rounds: int) -> list[dict[str, Any]
         tokens: dict[str, int] = {}
         for number in range(rounds + 1):
             for side, run in sides.items():
-                began = time.perf_counter()
-                tokens[side] = run()
-                ended = time.perf_counter()
-                began, ended = getattr(run, "began", began), getattr(run, "ended", ended)
+                tokens[side], seconds = run()
                 if number:  # the first round warms up
-                    found[side].append(ended - began)
-                print(f"  {side}: {tokens[side] / (ended - began):,.0f} tokens/s", file=sys.stderr)
+                    found[side].append(seconds)
+                print(f"  {side}: {tokens[side] / seconds:,.0f} tokens/s", file=sys.stderr)
     return [
         {
             "side": side,
@@ -159,13 +162,17 @@ def speed(name: str, source: str, rows: int, rounds: int) -> list[dict[str, Any]
 
 @contextmanager
 def file_of(megabytes: int) -> Iterator[Path]:
-    """Rows of 2 kB, of which one in a hundred has an answer: reading is what takes the time, and not training."""
+    """Rows of 2 kB, of which one in a hundred has an answer: reading is what takes the time, and not training.
+
+    The texts that are trained are few, and the same in a file of any size: torch keeps something for every shape of a
+    batch that it has met, and that is not what is measured here.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path, note = Path(folder) / "rows.jsonl", "by the sea " * 180
         with path.open("w") as file:
             for number in itertools.takewhile(lambda _: file.tell() < megabytes * 1_000_000, itertools.count()):
-                answer = "" if number % 100 else "a town by the sea"
-                file.write(f'{{"prompt": "what is {number}?", "completion": "{answer}", "note": "{note}"}}\n')
+                row = {"prompt": f"what is {number // 100 % 90}?", "completion": "" if number % 100 else "a town"}
+                file.write(json.dumps(row | {"note": note}) + "\n")
         yield path
 
 

@@ -301,17 +301,13 @@ def test_tokens_that_are_cut_are_shown_as_cut(overflow: str) -> None:
     encoder.max_length = len(encoded.ids) - 4
     rows = token_rows(encoder, example)
     cut = [index for index, row in enumerate(rows) if row["cut"]]
-    length = len(encoded.ids)
-    first = 4 if overflow == "truncate_prompt" else 0
+    length, header = len(encoded.ids), len(encoder.tokenizer("<|im_start|>user\n", add_special_tokens=False).input_ids)
     expected = {
         "drop": list(range(length)),
         "truncate": list(range(length - 4, length)),
-        "truncate_prompt": list(range(first, first + 4)),
+        "truncate_prompt": list(range(header, header + 4)),
         "error": [],
     }
-    if overflow == "truncate_prompt":  # behind "<|im_start|>user\n"
-        header = len(encoder.tokenizer("<|im_start|>user\n", add_special_tokens=False).input_ids)
-        expected[overflow] = list(range(header, header + 4))
     assert cut == expected[overflow] and len(rows) == length
     assert not any(row["trained"] and row["cut"] for row in rows)
 

@@ -17,6 +17,7 @@ import numpy as np
 from lorafit.data.formats import Example, Turn
 from lorafit.data.store import Sequences
 from lorafit.data.tokens import Encoded, Encoder
+from lorafit.errors import InputError
 
 CHECKS = {
     "no_supervised_token": "no token of the data is trained",
@@ -194,6 +195,19 @@ def check_sequences(
             )
         )
     return found
+
+
+def require_vocabulary(sequences: Sequences, size: int, encoder: Encoder) -> None:
+    """Raise InputError, naming the row, if a token id lies outside a vocabulary of `size`."""
+    outside = np.flatnonzero(sequences.ids >= size)
+    if len(outside):
+        token = int(sequences.ids[outside[0]])
+        index = int(np.searchsorted(sequences.offsets, outside[0], side="right")) - 1
+        raise InputError(
+            f"{sequences.place(index)}: the tokenizer gives token id {token} "
+            f"({encoder.tokenizer.convert_ids_to_tokens(token)!r}), the model knows {size} tokens: they do not belong "
+            "together"
+        )
 
 
 def one_of_each(refusals: Iterable[Refusal], allow: Iterable[str] = ()) -> list[Refusal]:

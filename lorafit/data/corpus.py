@@ -146,7 +146,7 @@ class Pipeline:
             return None
         if kept is None:
             report.dropped += 1
-            report.lost += 1
+            report.lost += bool(encoded.trained.any())
         elif cut.any():
             report.truncated += 1
             report.lost += bool((cut & encoded.trained).any())

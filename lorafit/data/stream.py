@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lorafit.data.checks import require_vocabulary
 from lorafit.data.corpus import Pipeline, Report
 from lorafit.data.formats import Formatter
 from lorafit.data.loader import Batch, ResumableLoader
@@ -67,7 +68,8 @@ class StreamLoader:
     """`length` batches from a stream of rows; `state_dict()` says where it stands, as ResumableLoader's does.
 
     window: rows that are shuffled together. eval_fraction: rows whose prompt falls below it by its hash are held out
-    and not trained. packing: rows of at most the encoder's max_length. `report` counts what was read so far.
+    and not trained. packing: rows of at most the encoder's max_length. vocabulary: how many tokens the
+    model knows. `report` counts what was read so far.
     """
 
     def __init__(
@@ -86,18 +88,15 @@ class StreamLoader:
         limit: int | None = None,
         split: str = "train",
         on_bad_row: str = "error",
+        vocabulary: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
         replica: int = 0,
         replicas: int = 1,
     ) -> None:
         self.encoder, self.length, self.batch_size, self.pad_id = encoder, length, batch_size, pad_id
-        self.window, self.packing, self.padding_free, self.group_by_length = (
-            window,
-            packing,
-            padding_free,
-            group_by_length,
-        )
+        self.window, self.packing, self.padding_free = window, packing, padding_free
+        self.group_by_length, self.vocabulary = group_by_length, vocabulary
         self.eval_fraction, self.limit, self.split, self.on_bad_row = eval_fraction, limit, split, on_bad_row
         self.seed, self.num_workers, self.replica, self.replicas = seed, num_workers, replica, replicas
         self.sources = _told(sources, split)
@@ -120,7 +119,10 @@ class StreamLoader:
                 continue
             if (kept := pipeline.fit(example, encoded)) is not None:
                 built.add(kept, example.key(), example.where)
-        return Window(built.sequences(), pipeline.report)
+        found = built.sequences()
+        if self.vocabulary is not None:
+            require_vocabulary(found, self.vocabulary, self.encoder)
+        return Window(found, pipeline.report)
 
     def window_loader(self, sequences: Sequences, window: int) -> ResumableLoader:
         """The batches of a window: `batches(epoch)` gives their rows."""
