@@ -155,7 +155,8 @@ def test_marks_that_say_more_than_the_answer_are_found() -> None:
 
 def test_marks_around_the_user_are_found() -> None:
     found = all_checks(Encoder(chat_tokenizer(MISPLACED)), TALK)
-    assert "'A potter.' is not trained as a whole" in found["answer_masked"]
+    question = next(turn.content for turn in TALK.turns if turn.role == "user")
+    assert set(found) == {"prompt_trained"} and repr(question.strip())[:-1] in found["prompt_trained"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -179,6 +179,9 @@ def test_a_window_is_shuffled_and_windows_stay_in_order(data: Path) -> None:
     for start in range(0, COUNT, WINDOW):
         part = slice(start, start + WINDOW)
         assert sorted(order[part]) == sorted(prompts[part]) and order[part] != prompts[part]
+    whole = range(0, COUNT - WINDOW, WINDOW)
+    ways = {tuple(prompts.index(prompt) - start for prompt in order[start : start + WINDOW]) for start in whole}
+    assert len(ways) == len(whole)  # each in a way of its own
 
 
 @pytest.mark.parametrize("replicas", [2, 3])

@@ -59,7 +59,8 @@ def check_labels(encoder: Encoder, example: Example, encoded: Encoded) -> Refusa
             chosen = chosen[1:]
         if not verdict:
             beside = beside or run
-    if chosen:
+    asked = [_plain(turn.content) for turn in example.turns if turn.role != "assistant"]
+    if chosen and (beside is None or not any(content in _plain(beside) for content in asked)):
         return _masked(example, chosen[0].content)
     if beside is not None:
         return Refusal(
