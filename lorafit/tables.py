@@ -114,9 +114,10 @@ def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> li
         )
     if report.skipped:
         notes.append(f"{report.skipped:,} of {report.rows:,} rows are bad and skipped; the first: {report.bad_rows[0]}")
-    for key, what in (("duplicate_examples", "repeat an earlier one"), ("leaked_examples", "are held out as well")):
-        if numbers[key]:
-            notes.append(f"{numbers[key]:,} training examples {what}")
+    if count := numbers["duplicate_examples"]:
+        notes.append(f"{count:,} training example{' repeats' if count == 1 else 's repeat'} an earlier one")
+    if count := numbers["leaked_examples"]:
+        notes.append(f"{count:,} training example{' is' if count == 1 else 's are'} held out as well")
     if data.streaming:
         notes.append(f"checked on the first {report.rows:,} rows; {data.window:,} rows are shuffled together")
     mark = encoder.chat.end_mark() if encoder.chat is not None else None
