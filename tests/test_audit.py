@@ -5,19 +5,15 @@ pytest tests/test_audit.py
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import html
-import io
 import json
-import logging
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_program
 from tokenizers import AddedToken
 
 from lorafit import audit, train
@@ -32,38 +28,8 @@ CHATML = (
 )
 
 
-@contextlib.contextmanager
-def logging_kept() -> Iterator[None]:
-    """Hydra sets up logging for each job; afterwards it is as it was."""
-    root, failure = logging.getLogger(), logging.getLogger("lorafit.failure")
-    handlers, level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        for handler in {*root.handlers, *failure.handlers} - set(handlers):
-            handler.close()
-        root.handlers[:], failure.handlers[:] = handlers, []
-        root.setLevel(level)
-
-
-def program(module: Any, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `python -m lorafit.NAME`, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch, logging_kept():
-        patch.setattr(sys, "argv", [f"lorafit {module.__name__}", *arguments])
-        patch.setenv("HYDRA_FULL_ERROR", "1")
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                module.main()
-            except SystemExit as end:
-                assert isinstance(end.code, int)
-                code = end.code
-    return code, out.getvalue(), err.getvalue()
-
-
 def audited(*overrides: str) -> tuple[int, str, str, dict[str, Any]]:
-    code, out, err = program(audit, "hydra.run.dir=run", "logger=none", *overrides)
+    code, out, err = run_program(audit, "hydra.run.dir=run", "logger=none", *overrides)
     file = Path("run/audit.json")
     return code, out, err, json.loads(file.read_text()) if file.is_file() else {}
 
@@ -120,7 +86,7 @@ def test_the_default_data_is_shown_token_by_token_and_nothing_is_wrong() -> None
 def test_it_counts_what_train_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = (f"data.path={write('a.jsonl', *questions(40), questions(40)[39])}", "data.eval_fraction=0.2")
     _, _, _, found = audited(*overrides)
-    code, _, err = program(
+    code, _, err = run_program(
         train, "hydra.run.dir=trained", "logger=none", "trainer.max_steps=1", "trainer.accelerator=cpu", *overrides
     )
     assert code == 0, err
@@ -166,7 +132,7 @@ def test_the_page_needs_nothing_else_and_shows_text_as_text() -> None:
 
 
 def test_the_examples_are_a_table_of_weights_and_biases() -> None:
-    code, _, err = program(audit, "hydra.run.dir=run", "audit.examples=2")
+    code, _, err = run_program(audit, "hydra.run.dir=run", "audit.examples=2")
     assert code == 0, err
     [table] = Path("run").rglob("media/table/audit*.json")
     content = json.loads(table.read_text())
@@ -214,7 +180,7 @@ def test_a_planted_fault_is_refused_by_audit_and_by_train_and_can_be_allowed(
     names = [item["check"] for item in found["refusals"]]
     assert code == 2 and check in names and "Traceback" not in err
     assert f"{check}: " in err and Path("run/audit.html").is_file()
-    code, _, err = program(train, "hydra.run.dir=trained", "logger=none", "model.init=random", *arguments)
+    code, _, err = run_program(train, "hydra.run.dir=trained", "logger=none", "model.init=random", *arguments)
     assert code == 2 and f"data.allow=[{','.join(names)}]" in err and "Traceback" not in err
     assert not Path("trained/metrics.json").exists()
     code, _, err, found = audited(*arguments, f"data.allow=[{','.join(names)}]")

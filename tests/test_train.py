@@ -7,10 +7,7 @@ All but one of the runs are in this process: starting Python and torch takes lon
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import math
 import os
 import shutil
@@ -26,6 +23,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from programs import run_program
 
 from lorafit import train
 from lorafit.adapter import load_adapter
@@ -43,34 +41,9 @@ SMALL = (
 QUIET = (*SMALL, "logger=none")
 
 
-@contextlib.contextmanager
-def logging_kept() -> Iterator[None]:
-    """Hydra sets up logging for each job; afterwards it is as it was."""
-    root, failure = logging.getLogger(), logging.getLogger("lorafit.failure")
-    handlers, level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        for handler in {*root.handlers, *failure.handlers} - set(handlers):
-            handler.close()
-        root.handlers[:], failure.handlers[:] = handlers, []
-        root.setLevel(level)
-
-
 def program(*arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `python -m lorafit.train`, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch, logging_kept():
-        patch.setattr(sys, "argv", ["lorafit train", *arguments])
-        patch.setenv("HYDRA_FULL_ERROR", "1")
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                train.main()
-            except SystemExit as end:
-                assert isinstance(end.code, int)
-                code = end.code
-    return code, out.getvalue(), err.getvalue()
+    return run_program(train, *arguments)
 
 
 def prepare(folder: Path) -> None:
