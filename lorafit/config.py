@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -154,7 +155,7 @@ def _prepare(overrides: list[str]) -> list[str]:
     prepared = []
     for text in overrides:
         key, _, value = text.partition("=")
-        if value.startswith("~/") or (re.search(r"[=,(){}\[\]]", value) and os.path.exists(value)):
+        if value.startswith("~/") or (not re.fullmatch(r"[\w./-]*", value, re.ASCII) and os.path.exists(value)):
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
             text = f"{key}='{escaped}'"
         prepared.append(text)
@@ -239,6 +240,9 @@ def start(name: str, run: Run) -> None:
     wrong: 2 for the user's errors (one message), 130 or 143 for a signal; a bug has its traceback.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding than the data
     hydra.version.setbase(_VERSION_BASE)
     parser = get_args_parser()
     arguments = parser.parse_intermixed_args()

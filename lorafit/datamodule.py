@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,16 @@ from lorafit.data import (
     parse_sources,
     read_corpus,
 )
-from lorafit.data.checks import Refusal, check_labels, check_sequences, check_template, one_of_each, require_vocabulary
+from lorafit.data.checks import (
+    NEVER_ALLOWED,
+    Refusal,
+    check_labels,
+    check_sequences,
+    check_template,
+    one_of_each,
+    require_vocabulary,
+    way_past,
+)
 from lorafit.data.corpus import ON_BAD_ROW
 from lorafit.data.loader import shares_of
 from lorafit.data.packing import best_fit
@@ -35,6 +45,8 @@ from lorafit.data.sources import draw_rows
 from lorafit.data.store import Builder
 from lorafit.data.tokens import Sequence
 from lorafit.errors import InputError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,6 +140,7 @@ class FinetuneDataModule(L.LightningDataModule):
         self._row_sizes: list[int] = []
         self._stream: StreamLoader | None = None
         self._vocabulary: int | None = None
+        self._content: str | None = None
         self._ready = False
 
     # ---------------------------------------------------------------------------------------------- reading
@@ -192,6 +205,7 @@ class FinetuneDataModule(L.LightningDataModule):
         first = list(itertools.islice(stream.rows(0), self.window))
         window = stream.read(first)
         self.train_sequences, self.report = window.sequences, window.report
+        self.report.held_out(pipeline.report)
         self.report.formats = [source.format for source in stream.sources]
         check = Pipeline(stream.sources, self.encoder, on_bad_row=self.on_bad_row)
         for index, (_, example, encoded) in enumerate(check.encode(first)):
@@ -199,7 +213,7 @@ class FinetuneDataModule(L.LightningDataModule):
                 self.report.faults.append(fault)
             if example.position() >= stream.eval_fraction:
                 self.report.lengths.append(len(encoded.ids))
-        if not len(self.train_sequences) and not self.report.lost:
+        if not len(self.train_sequences) and not self.report.lost + self.report.untrained:
             raise InputError(f"the first {len(first)} rows of {pipeline.describe()} give nothing to train")
 
     # ---------------------------------------------------------------------------------------------- proof
@@ -218,16 +232,14 @@ class FinetuneDataModule(L.LightningDataModule):
                 lengths=self.report.lengths,
             ),
         ]
-        return one_of_each(found, self.allow)
+        return one_of_each(found, set(self.allow) - {NEVER_ALLOWED})
 
     def require_proof(self) -> None:
         """Raise InputError that lists the refusals and how to go on, if there are any."""
         if found := self.refusals():
-            names = ",".join(refusal.check for refusal in found)
             said = "\n".join(refusal.message for refusal in found)
-            raise InputError(
-                f"{said}. (data.allow=[{names}] trains all the same; `python -m lorafit.audit` shows more.)"
-            )
+            past = way_past(refusal.check for refusal in found)
+            raise InputError(f"{said}. ({past}{'; ' * bool(past)}`python -m lorafit.audit` shows more.)")
 
     def first_examples(self) -> Iterator[Example]:
         """The good rows that are for training, from the beginning, before anything is cut."""
@@ -272,6 +284,10 @@ class FinetuneDataModule(L.LightningDataModule):
         return train | {
             "truncated_examples": report.truncated,
             "dropped_examples": report.dropped,
+            "untrained_examples": report.untrained,
+            "eval_truncated_examples": self.report.eval_truncated,
+            "eval_dropped_examples": self.report.eval_dropped,
+            "eval_unused_examples": self.report.eval_unused,
             "skipped_rows": report.skipped,
             "duplicate_examples": len(self.duplicates()),
             "leaked_examples": len(self.leaked()),
@@ -282,12 +298,25 @@ class FinetuneDataModule(L.LightningDataModule):
 
     def content_hash(self) -> str | None:
         """A SHA-256 over the training sequences, tokens and labels, in file order; None where they are streamed."""
-        if self.streaming:
-            return None
-        digest = hashlib.sha256()
-        for array in (self.train_sequences.ids, self.train_sequences.trained, self.train_sequences.offsets):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        if self._content is None and not self.streaming:
+            digest = hashlib.sha256()
+            for array in (self.train_sequences.ids, self.train_sequences.trained, self.train_sequences.offsets):
+                digest.update(np.ascontiguousarray(array))
+            self._content = digest.hexdigest()
+        return self._content
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the position in the data, which the loader keeps, is a position in."""
+        return {"content": self.content_hash()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say so where the data is another one than the checkpoint's."""
+        if state_dict["content"] != self.content_hash():
+            log.warning(
+                "resume: the training tokens are not those that the run began with (the rows, the tokenizer, or a "
+                "setting of data.* has changed), so that the position in them means little: rows that were trained "
+                "may now be held out, or come again"
+            )
 
     def template_hash(self) -> str:
         """A SHA-256 of the template that turns conversations into text."""
@@ -346,6 +375,7 @@ class FinetuneDataModule(L.LightningDataModule):
             split=self.split,
             on_bad_row=self.on_bad_row,
             vocabulary=self._vocabulary,
+            max_lost=1.0 if "answer_lost" in self.allow else self.max_lost,
             seed=self.seed,
             num_workers=self.num_workers,
             replica=replica,

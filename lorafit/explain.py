@@ -76,7 +76,7 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None = Non
     """
     if isinstance(error, OverrideParseException):
         hint = (
-            "quote a value that holds = , ( ) [ ] { } or quotes: \"key='value'\""
+            "quote a value that holds other signs than letters from a to z, digits and . _ - / : \"key='value'\""
             if "=" in error.override
             else "an override is key=value"
         )

@@ -297,7 +297,9 @@ def _check_values(config: Config) -> Iterable[str]:
     if not 0 <= data.max_lost <= 1:
         yield f"data.max_lost must be in [0, 1], got {data.max_lost!r}"
     for name in data.allow:
-        if name not in _CHECKS:
+        if name == "no_supervised_token":
+            yield "data.allow: no_supervised_token cannot be allowed, since there is nothing to train"
+        elif name not in _CHECKS:
             yield f"data.allow: there is no check {name!r} ({', '.join(_CHECKS)}){near_names(name, _CHECKS)}"
     yield from _check_columns("data.columns", data.columns)
     for key in ("path", "eval_path"):

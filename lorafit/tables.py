@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lorafit.data.sources import files_not_read
 from lorafit.datamodule import FinetuneDataModule
 from lorafit.isolation import Isolation
 from lorafit.memory import human
@@ -72,7 +74,7 @@ def start_table(
         ("folder", folder),
     ]
     for name, text in rows:
-        table.add_row(name, escape(text))
+        table.add_row(name, escape(visible(text)))
     return table
 
 
@@ -90,12 +92,28 @@ def source_names(path: Any) -> str:
 def data_sentence(path: str, data: Mapping[str, Any]) -> str:
     """How much is trained and held out."""
     formats = ", ".join(dict.fromkeys(data["formats"]))
+    held_out = f"{data['eval_examples']:,} held out"
+    if data["eval_unused_examples"]:
+        held_out += f", {data['eval_unused_examples']:,} more held back (task.eval_examples)"
     if data["streaming"]:
-        return f"{path} ({formats}), streamed; {data['eval_examples']:,} held out"
+        return f"{path} ({formats}), streamed; {held_out}"
     return (
         f"{path} ({formats}): {data['train_examples']:,} examples, {data['supervised_tokens']:,} of "
-        f"{data['train_tokens']:,} tokens trained; {data['eval_examples']:,} held out"
+        f"{data['train_tokens']:,} tokens trained; {held_out}"
     )
+
+
+def stream_sentence(data: Mapping[str, Any]) -> str:
+    """What a stream has given, once it is over."""
+    parts = [f"{data['train_examples']:,} examples", f"{data['train_tokens']:,} tokens"]
+    for key, word in (("dropped", "dropped"), ("truncated", "cut")):
+        if data[f"{key}_examples"]:
+            parts.append(f"{data[f'{key}_examples']:,} {word} for their length")
+    if data["untrained_examples"]:
+        parts.append(f"{data['untrained_examples']:,} without anything to learn")
+    if data["skipped_rows"]:
+        parts.append(f"{data['skipped_rows']:,} bad rows skipped")
+    return f"of the data were read: {', '.join(parts)}"
 
 
 def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> list[str]:
@@ -105,12 +123,30 @@ def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> li
     for source, columns in zip(data.sources, report.unused, strict=False):
         if columns and source.path != "embedded":
             notes.append(f"columns of {source.path} that are not read: {', '.join(columns[:8])}")
+        if left := files_not_read(source.path):
+            notes.append(f"files of {source.path} that are not read: {', '.join(left[:8])}")
     if report.dropped or report.truncated:
-        total = len(data.train_sequences) + report.dropped
+        total = len(data.train_sequences) + report.dropped + report.untrained
         notes.append(
             f"of {total:,} examples {report.dropped + report.truncated:,} are longer than data.max_length="
             f"{encoder.max_length}: {report.dropped:,} dropped, {report.truncated:,} cut "
             f"(data.overflow={encoder.overflow})"
+        )
+    if report.untrained:
+        notes.append(
+            f"{report.untrained:,} examples have nothing to learn under data.train_on={encoder.train_on} (an answer of "
+            "weight 0, or a text of one token) and are left out"
+        )
+    if report.eval_dropped or report.eval_truncated:
+        total = numbers["eval_examples"] + report.eval_dropped
+        notes.append(
+            f"of {total:,} held-out examples {report.eval_dropped:,} are dropped and {report.eval_truncated:,} cut: "
+            "what is measured is the rest"
+        )
+    if report.marked:
+        notes.append(
+            f"{report.marked:,} example{'' if report.marked == 1 else 's'} hold special tokens in the text, which the "
+            f"model reads as such; the first: {report.first_marked}"
         )
     if report.skipped:
         notes.append(f"{report.skipped:,} of {report.rows:,} rows are bad and skipped; the first: {report.bad_rows[0]}")
@@ -130,6 +166,15 @@ def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> li
         rows = f"{numbers['packed_rows']:,} rows; " if numbers["packed_rows"] else ""
         notes.append(f"packed in {rows or 'one row a batch; '}{packing.sentence()}")
     return notes
+
+
+# what would move the cursor, clear the screen, or turn the direction of the text around it
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text of somebody's data for the terminal: what is not to be printed is shown as what it is."""
+    return _CONTROLS.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
 
 
 _STATES = {"trained": "bold green", "masked": "dim", "cut": "red strike"}
@@ -163,8 +208,8 @@ def audit_tables(found: Mapping[str, Any], colours: bool = True) -> list[Any]:
             # every other token is underlined, so that they can be told apart
             for number, token in enumerate(example["tokens"][at : at + count]):
                 style = _STATES[state] + (" underline" if number % 2 else "")
-                shown.append(token["text"].replace("\n", "⏎\n"), style=style)
-            table.add_row(state, str(count), shown if colours else Text(text.replace("\n", "⏎\n")))
+                shown.append(_lines_marked(token["text"]), style=style)
+            table.add_row(state, str(count), shown if colours else Text(_lines_marked(text)))
             at += count
         if example["length"] > len(example["tokens"]):
             table.add_row("", "", f"… {example['length'] - len(example['tokens']):,} more tokens (audit.tokens)")
@@ -194,11 +239,17 @@ def audit_tables(found: Mapping[str, Any], colours: bool = True) -> list[Any]:
         marks = "".join("■" if on else "·" for on in found["layers"][kind].values())
         layers.add_row(kind, f"{entry['wrapped']} of {entry['total']}", marks)
     parts += [counts, "", layers, ""]
-    parts += [Text(f"- {note}") for note in found["notes"]]
-    parts += [Text(f"- skipped: {row}") for row in found["bad_rows"]]
+    parts += [Text(f"- {visible(note)}") for note in found["notes"]]
+    parts += [Text(f"- skipped: {visible(row)}") for row in found["bad_rows"]]
+    if found["skipped_rows"] > len(found["bad_rows"]):
+        parts.append(Text(f"- skipped: … and {found['skipped_rows'] - len(found['bad_rows']):,} more"))
     if not found["refusals"]:
         parts.append(Text("Nothing is wrong: every check passed.", style="green"))
     return parts
+
+
+def _lines_marked(text: str) -> str:
+    return visible(text).replace("\n", "⏎\n")
 
 
 def base_sentence(base: BaseReport) -> str:
@@ -243,7 +294,7 @@ def samples_table(samples: Sequence[Mapping[str, str]], width: int = 200) -> Tab
         table.add_column(name, overflow="fold", ratio=1)
     for sample in samples:
         cells = (sample["prompt"], sample["before"], sample["after"], sample["reference"])
-        table.add_row(*(escape(shorten(cell, width)) for cell in cells))
+        table.add_row(*(escape(shorten(visible(cell), width)) for cell in cells))
     return table
 
 

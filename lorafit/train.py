@@ -87,7 +87,15 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
     from lorafit.memory import memory_by_part, reset_peak
     from lorafit.quant import base_report
     from lorafit.retention import measure_retention
-    from lorafit.tables import console, data_notes, result_table, samples_table, source_names, start_table
+    from lorafit.tables import (
+        console,
+        data_notes,
+        result_table,
+        samples_table,
+        source_names,
+        start_table,
+        stream_sentence,
+    )
     from lorafit.trainer import build_trainer, quiet_libraries, total_steps
 
     terminal = console(quiet=not is_main_process())
@@ -190,6 +198,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             metrics["speed"] = step_metrics.totals()
             metrics["memory"] = memory_metrics(memory)
             metrics["data"] |= {key: value for key, value in data.statistics().items() if data.streaming}
+        if data.streaming:
+            terminal.print(stream_sentence(metrics["data"]))
         require_finite(module)
         if not is_main_process():
             return float("nan")

@@ -125,12 +125,12 @@ def test_of_few_rows_one_is_held_out_and_it_is_the_same_in_any_order(split: Any,
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
 def test_one_prompt_cannot_be_split(tmp_path: Path, encoder: Encoder, fraction: float) -> None:
     for rows in ([{"prompt": "p", "completion": c} for c in "abc"], [{"prompt": "p", "completion": "a"}]):
-        with pytest.raises(InputError, match=f"{len(rows)} rows of one prompt .* data.eval_path"):
+        with pytest.raises(InputError, match=f"{len(rows)} examples? (is|are) of one prompt .* data.eval_path"):
             read(encoder, write(tmp_path / "a.jsonl", rows), eval_fraction=fraction)
 
 
 def test_a_share_that_leaves_nothing_to_train_is_an_error(tmp_path: Path, encoder: Encoder) -> None:
-    with pytest.raises(InputError, match="a.jsonl.: 5 rows are all held out .* lower data.eval_fraction"):
+    with pytest.raises(InputError, match="a.jsonl.: 5 examples are held out .* lower data.eval_fraction"):
         read(encoder, write(tmp_path / "a.jsonl", MANY[:5]), eval_fraction=1 - 1e-12)
 
 

@@ -114,7 +114,7 @@ def test_rows_for_evaluation_are_those_of_their_own_file(tmp_path: Path, tokeniz
 def test_one_prompt_cannot_be_split(tmp_path: Path, tokenizer) -> None:
     for number, prompt in enumerate(("same", "another", "a third")):  # wherever its hash falls
         path = write(tmp_path / f"{number}.jsonl", {"prompt": prompt, "completion": "a"})
-        with pytest.raises(InputError, match="1 rows of one prompt .* data.eval_path"):
+        with pytest.raises(InputError, match="1 example is of one prompt .* data.eval_path"):
             ready(path, tokenizer=tokenizer, eval_fraction=0.5)
 
 

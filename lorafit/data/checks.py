@@ -30,10 +30,13 @@ CHECKS = {
     "doubled_special": "a special token stands twice at the start",
 }
 
+NEVER_ALLOWED = "no_supervised_token"
+
 
 @dataclass(frozen=True)
 class Refusal:
-    """A check that the data did not pass. check: its name, one of CHECKS."""
+    """A check that the data did not pass. check: its name, one of CHECKS. What `data.allow` cannot let pass is
+    `no_supervised_token`: there is nothing to train."""
 
     check: str
     message: str
@@ -151,24 +154,29 @@ def check_sequences(
     """What the tokens show. lost: how many of `examples` lost their answer, or a part of it, to max_length;
     lengths: tokens of each before anything was cut."""
     if not sequences.trained.any():
+        if lost:
+            within = f"within data.max_length={encoder.max_length}: raise it"
+        else:
+            within = f"under data.train_on={encoder.train_on}: its answers have weight 0, or it is one token long"
         return [
             Refusal(
                 "no_supervised_token",
-                f"none of the {examples:,} examples has a token to train within data.max_length={encoder.max_length}: "
-                "raise it, or look at the rows with `python -m lorafit.audit`",
+                f"none of the {examples:,} examples has a token to train {within}, or look at the rows with "
+                "`python -m lorafit.audit`",
             )
         ]
     found = []
     share = lost / examples if examples else 0.0
     if share > max_lost:
         needed = sorted(lengths)
+        other = "" if encoder.overflow == "truncate_prompt" else "choose data.overflow=truncate_prompt, "
         at = [int(needed[min(len(needed) - 1, int(quantile * len(needed)))]) for quantile in (0.95, 0.99)]
         found.append(
             Refusal(
                 "answer_lost",
                 f"{lost:,} of {examples:,} examples ({share:.1%}) lose their answer to data.max_length="
                 f"{encoder.max_length}; data.max_lost allows {max_lost:.0%}. 95 % fit in {at[0]:,} tokens, 99 % in "
-                f"{at[1]:,}: raise data.max_length, choose data.overflow=truncate_prompt, or raise data.max_lost",
+                f"{at[1]:,}: raise data.max_length, {other}or raise data.max_lost",
             )
         )
     ends = np.isin(sequences.ids[sequences.trained], encoder.end_ids)
@@ -217,6 +225,12 @@ def one_of_each(refusals: Iterable[Refusal], allow: Iterable[str] = ()) -> list[
     for refusal in refusals:
         first.setdefault(refusal.check, refusal)
     return [first[check] for check in CHECKS if check in first and check not in set(allow)]
+
+
+def way_past(checks: Iterable[str]) -> str:
+    """How to let these checks pass, as far as that can be done."""
+    names = ",".join(check for check in checks if check in CHECKS and check != NEVER_ALLOWED)
+    return f"data.allow=[{names}] trains all the same" if names else ""
 
 
 def label_table(encoder: Encoder, sequences: Sequences, count: int = 8) -> list[dict[str, Any]]:

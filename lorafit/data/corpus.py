@@ -2,7 +2,8 @@
 
     corpus = read_corpus(sources, encoder, eval_fraction=0.05)      all rows, tokenized, or found in the cache
 
-Every row is accounted for: it is trained, held out, dropped for its length, or skipped as a bad one, and counted.
+Every row is accounted for: it is trained, held out, dropped for its length, left out since nothing of it is to be
+learned, or skipped as a bad one, and counted.
 """
 
 from __future__ import annotations
@@ -51,14 +52,23 @@ _CHECKED_FIRST, _CHECKED_THEN = 64, 64
 @dataclass
 class Report:
     """What became of the rows. `skipped` of `rows` were bad ones, the first of them in `bad_rows`; `dropped` and
-    `truncated` examples were longer than max_length; `lost` lost their answer or a part of it. `formats` and `unused`:
-    of each source its layout and the columns that are not read. `faults`: see `check_labels`."""
+    `truncated` training examples were longer than max_length; `lost` lost their answer or a part of it; `untrained`
+    have nothing that is to be learned. `eval_dropped`, `eval_truncated`: the same of rows that are held out, of which
+    `eval_unused` more are not needed. `marked` examples hold special tokens in a text of their own, the first of them
+    is `first_marked`. `formats` and `unused`: of each source its layout and the columns that are not read. `faults`:
+    see `check_labels`."""
 
     rows: int = 0
     skipped: int = 0
     dropped: int = 0
     truncated: int = 0
     lost: int = 0
+    untrained: int = 0
+    eval_dropped: int = 0
+    eval_truncated: int = 0
+    eval_unused: int = 0
+    marked: int = 0
+    first_marked: str = ""
     bad_rows: list[str] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
     unused: list[list[str]] = field(default_factory=list)
@@ -73,10 +83,16 @@ class Report:
 
     def add(self, other: Report) -> None:
         """Add what another stretch of the same data gave."""
-        for name in ("rows", "skipped", "dropped", "truncated", "lost"):
+        for name in ("rows", "skipped", "dropped", "truncated", "lost", "untrained", "marked"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.first_marked = self.first_marked or other.first_marked
         self.bad_rows = [*self.bad_rows, *other.bad_rows][:_LISTED]
         self.faults = [*self.faults, *other.faults][:_LISTED]
+
+    def held_out(self, other: Report) -> None:
+        """Take over what became of the rows to measure on."""
+        self.eval_dropped += other.dropped + other.untrained
+        self.eval_truncated += other.truncated
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,8 +149,11 @@ class Pipeline:
             ):
                 if isinstance(found, InputError):
                     self.bad(found)
-                else:
-                    yield number, example, found
+                    continue
+                if (mark := self.encoder.special_in(example)) is not None:
+                    self.report.marked += 1
+                    self.report.first_marked = self.report.first_marked or f"{example.where} has {mark!r}"
+                yield number, example, found
 
     def fit(self, example: Example, encoded: Encoded, report: Report | None = None) -> Encoded | None:
         """What is left of an example within max_length, counted in a report of its own or the pipeline's."""
@@ -144,9 +163,12 @@ class Pipeline:
         except InputError as error:
             self.bad(error)
             return None
+        if not encoded.trained.any():
+            report.untrained += 1
+            return None
         if kept is None:
             report.dropped += 1
-            report.lost += bool(encoded.trained.any())
+            report.lost += 1
         elif cut.any():
             report.truncated += 1
             report.lost += bool((cut & encoded.trained).any())
@@ -233,7 +255,9 @@ def _read(
             report.faults += [fault for fault in [check_labels(encoder, example, encoded)] if fault]
         position = example.position() if eval_sources is None else 1.0
         if position < eval_fraction:
-            if eval_limit is None or len(held_out) < eval_limit:
+            if eval_limit is not None and len(held_out) >= eval_limit:
+                report.eval_unused += 1
+            else:
                 if (kept := pipeline.fit(example, encoded, others)) is not None:
                     held_out.add(kept, example.key(), example.where)
                     examples.append(example)
@@ -269,6 +293,7 @@ def _read(
             raise InputError(f"data file {other.describe()} has no rows")
         report.rows, report.skipped = report.rows + seen.rows, report.skipped + seen.skipped
         report.bad_rows = [*report.bad_rows, *seen.bad_rows][:_LISTED]
+        report.held_out(seen)
         if not len(held_out):
             bad = f" {seen.skipped} of them are bad, the first: {seen.bad_rows[0]}" if seen.skipped else ""
             raise InputError(
@@ -276,6 +301,7 @@ def _read(
                 f"data.max_length={encoder.max_length}.{bad}"
             )
         return Corpus(train.sequences(), held_out.sequences(), examples, sizes, report)
+    report.held_out(others)
     sequences = train.sequences()
     if len(train) and not len(held_out) and len(nearest) < len(train):
         # in a small file nothing may fall below the fraction: then the lowest prompt is taken
@@ -286,6 +312,8 @@ def _read(
             report.lengths.remove(len(encoded.ids))
             sizes[number] -= 1
         report.truncated, report.lost = report.truncated - gone.truncated, report.lost - gone.lost
+        report.held_out(gone)
+        report.eval_unused += len(chosen[eval_limit:])
         return Corpus(
             sequences.select(np.setdiff1d(np.arange(len(train)), chosen)),
             sequences.select(chosen[:eval_limit]),
@@ -293,12 +321,14 @@ def _read(
             sizes,
             report,
         )
-    if 0 in (len(train), len(held_out)) and len(train) + len(held_out) and not report.dropped:
-        one = len({example.position() for example in examples}) < 2
+    # where the rest was dropped, the checks say so
+    if len(train) and not len(held_out) or (len(held_out) and not len(train) + report.dropped + report.untrained):
+        count = len(train) + len(held_out) + report.eval_unused
+        one = len(train) or (not report.eval_unused and len({example.position() for example in examples}) < 2)
+        problem = "of one prompt too few to hold some out" if one else "held out and none left to train"
         raise InputError(
-            f"data {pipeline.describe()}: {len(train) + len(held_out)} rows "
-            f"{'of one prompt are too few to hold some out' if one else 'are all held out and none is left to train'}: "
-            f"give data.eval_path, or more{'' if one else ', or lower data.eval_fraction'}"
+            f"data {pipeline.describe()}: {count:,} example{' is' if count == 1 else 's are'} {problem}: give "
+            f"data.eval_path, or more{'' if one else ', or lower data.eval_fraction'}"
         )
     return Corpus(sequences, held_out.sequences(), examples, sizes, report)
 

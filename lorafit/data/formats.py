@@ -143,7 +143,7 @@ class Formatter:
         if not self._told:
             self._told = True
             read = {self.columns.get(name, name) for name in (*REQUIRED[self.format], *OPTIONAL.get(self.format, ()))}
-            self.unused = [str(name) for name in values if name not in read]
+            self.unused = [str(name) for name in values if name not in read and str(name).strip()]
         turns = self._turns(values, where)
         length = sum(len(turn.content) for turn in turns)
         if self.max_characters is not None and length > self.max_characters:
@@ -218,8 +218,12 @@ class Formatter:
 
     def _expected(self) -> str:
         if self.columns:
-            return "Choose fields with 'data.columns={prompt: NAME, completion: NAME}'."
-        return f"A file has one layout; this one is read as {self.format}. {_columns_help()}"
+            names = ", ".join(f"{name}: NAME" for name in REQUIRED[self.format])
+            return f"Choose fields with 'data.columns={{{names}}}'"
+        return (
+            f"The rows of a source have one layout; here they are read as {self.format}. Name files of several layouts "
+            f"one by one, 'data.path=[A, B]'. {_columns_help()}"
+        )
 
 
 def _columns_help() -> str:
@@ -236,7 +240,11 @@ def _recognise(values: Mapping[str, Any], where: str) -> str:
             return format
     if "conversations" in values:
         return "sharegpt"
-    raise InputError(f"{where}: no format fits the fields {listed(values)}. {_columns_help()}")
+    if len(texts := [name for name, value in values.items() if isinstance(value, str)]) == 2:
+        hint = f"If one answers the other, 'data.columns={{prompt: {texts[0]}, completion: {texts[1]}}}'"
+    else:
+        hint = _columns_help()
+    raise InputError(f"{where}: no format fits the fields {listed(values)}. {hint}")
 
 
 def _text(value: Any, what: str) -> str:
@@ -305,7 +313,7 @@ def _conversation(turns: list[Turn], where: str) -> tuple[Turn, ...]:
             place = len(turns) - len(talk) + index
             before = f"after one of the {talk[index - 1].role}" if index else "at the beginning"
             raise InputError(
-                f"{where}: turn {place} is the {turn.role}'s {before}, where the {expected}'s was to come: "
+                f"{where}: turn {place + 1} is the {turn.role}'s {before}, where the {expected}'s was to come: "
                 "user and assistant speak in turn"
             )
     if talk[-1].role != "assistant":

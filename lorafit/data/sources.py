@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -109,8 +110,9 @@ def read_rows(source: Source | str | Path, split: str = "train", *, streaming: b
         if is_saved(path):
             return _saved(path, split)
         return itertools.chain.from_iterable(_read_file(file) for file in folder_files(path, split))
-    suffix = path.suffix.lower()
-    if os.path.isfile(path) or suffix in SUFFIXES or source.path.startswith((".", "/", "~")) or len(path.parts) > 2:
+    named = bool(path.suffix) and len(path.parts) == 1 or path.suffix.lower() in SUFFIXES
+    if os.path.exists(path) or named or source.path.startswith((".", "/", "~")) or len(path.parts) > 2:
+        _is_held_out(source.path, split)
         return _read_file(path)
     return _hub(source, split, streaming)
 
@@ -168,6 +170,19 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     return files if best is None else [path for path in files if ranks[path] == best]
 
 
+def files_not_read(path: str) -> list[str]:
+    """The names of a source's files that are of no kind that is read, where the source is a folder."""
+    folder = local_path(path)
+    if not os.path.isdir(folder) or is_saved(folder):
+        return []
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [
+        str(name)
+        for name in files
+        if not any(part.startswith(".") for part in name.parts) and name.suffix.lower() not in (*SUFFIXES, ".md", "")
+    ]
+
+
 def has_held_out_files(path: str) -> bool:
     """Whether a source is a folder with files of its own to measure on."""
     folder = local_path(path)
@@ -188,8 +203,12 @@ def _held_out_rank(name: Path) -> int | None:
 
 def _read_file(file: Path) -> Iterator[Row]:
     if not os.path.isfile(file):
-        beside = [path.name for path in file.parent.glob("*")] if os.path.isdir(file.parent) else []
-        raise InputError(f"data file {str(file)!r} does not exist.{did_you_mean(file.name, beside)}")
+        if os.path.exists(file):
+            raise InputError(
+                f"data file {str(file)!r} is no regular file, and it is read more than once: save it to a file"
+            )
+        hint = " Name one of the files, or their folder" if "*" in str(file) else _near_file(file)
+        raise InputError(f"data file {str(file)!r} does not exist.{hint}")
     if file.stat().st_size == 0:
         raise InputError(f"data file {str(file)!r} is empty")
     readers = {".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
@@ -198,6 +217,12 @@ def _read_file(file: Path) -> Iterator[Row]:
     if reader is None:
         raise InputError(f"data file {str(file)!r} has the ending {file.suffix!r}: jsonl, json, csv or parquet is read")
     return _opened(file, reader(file))
+
+
+def _near_file(path: Path) -> str:
+    """A hint for a file or folder that is not there."""
+    beside = [found.name for found in path.parent.glob("*")] if os.path.isdir(path.parent) else []
+    return did_you_mean(path.name, (name for name in beside if name.startswith(".") == path.name.startswith(".")))
 
 
 def _opened(file: Path, rows: Iterator[Row]) -> Iterator[Row]:
@@ -222,8 +247,8 @@ def _json(file: Path) -> Iterator[Row]:
     with file.open("rb") as opened:
         first = next((byte for byte in iter(lambda: opened.read(1), b"") if byte not in b" \t\r\n\xef\xbb\xbf"), b"")
     if first == b"{":
-        one = _parse(file.read_bytes().removeprefix(b"\xef\xbb\xbf")) if file.stat().st_size < 1 << 20 else None
-        if isinstance(one, dict):
+        text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").strip() if file.stat().st_size < 1 << 20 else b""
+        if b"\n" in text and isinstance(_parse(text), dict):
             raise InputError(
                 f"{file}: the file holds one JSON object; it must hold a list of them, or one in each line"
             )
@@ -231,7 +256,7 @@ def _json(file: Path) -> Iterator[Row]:
         return
     rows = _parse(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     if isinstance(rows, InputError):
-        raise InputError(f"{file}: the file is {rows}")
+        raise InputError(f"{file}: the file is {rows}. It holds one list, so nothing of it can be skipped: correct it")
     if not isinstance(rows, list):
         raise InputError(f"{file}: the file must hold one list of objects, it holds {type(rows).__name__}")
     for number, row in enumerate(rows, start=1):
@@ -292,16 +317,23 @@ def _repeated(names: Iterable[str]) -> str | None:
 _JSON = json.JSONDecoder(object_pairs_hook=_object, parse_float=_Number, parse_constant=_no_number)
 
 
+def _not_utf8(text: bytes, at: int) -> str:
+    line = text.count(b"\n", 0, at)
+    place = f"position {at}" if not line else f"line {line + 1}"
+    kind = ", perhaps UTF-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
+    return f"not UTF-8 (byte 0x{text[at]:02x} at {place}{kind})"
+
+
 def _parse(text: bytes) -> Any:
     """The value of a JSON text, or an InputError that says what it is instead."""
     try:
         return _JSON.decode(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return InputError(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start})")
+        return InputError(_not_utf8(error.object, error.start))
     except RecursionError:
         return InputError("not JSON that can be read (it is nested too deeply)")
     except ValueError as error:
-        return InputError(f"not JSON ({error})")
+        return InputError(f"not JSON ({reason(error).partition(';')[0]})")
 
 
 def _csv(file: Path) -> Iterator[Row]:
@@ -315,7 +347,7 @@ def _csv(file: Path) -> Iterator[Row]:
         first = next((line for line in lines if line.strip()), "")
         lines.seek(0)
         options: dict[str, Any] = {
-            "delimiter": "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count),
+            "delimiter": "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=re.sub('"[^"]*"', "", first).count),
             "strict": True,
         }
         header: list[str] = []
@@ -331,7 +363,8 @@ def _csv(file: Path) -> Iterator[Row]:
                 cells = next(reader, None)
             except csv.Error as error:
                 problem = (
-                    f"{where}: a quote or a line break of this row is broken ({error}, line {before + len(taken)})"
+                    f"{where}: a quote or a line break of this row is broken "
+                    f"({str(error).partition(' - ')[0]}, line {before + len(taken)})"
                 )
                 if not header or not _ends_with_its_line(file, before, taken[0], len(header), options):
                     raise InputError(
@@ -394,22 +427,31 @@ def _fault(cells: list[str], header: list[str]) -> str | None:
             return f"is not UTF-8 (byte 0x{ord(found[0]) - 0xDC00:02x} at position {found.start()} of cell {number})"
     if header:
         return f"has {len(cells)} cells, the header {len(header)}" if len(cells) != len(header) else None
-    twice = _repeated(cells)
+    twice = _repeated(filter(str.strip, cells))  # a table may have columns without a name
     return f"names {shown(twice)} twice" if twice is not None else None
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    return _from_library(
-        str(file),
-        lambda datasets: datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True),
-    )
+    def load(datasets: Any) -> Any:
+        from pyarrow.parquet import read_metadata
+
+        if not read_metadata(file).num_rows:
+            return []
+        return datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+
+    return _from_library(str(file), load)
 
 
 def _hub(source: Source, split: str, streaming: bool) -> Iterator[Row]:
-    return _from_library(
+    rows = _from_library(
         source.path,
         lambda datasets: datasets.load_dataset(source.path, source.subset, split=split, streaming=streaming),
     )
+    try:
+        yield from rows
+    except InputError as error:
+        hint = _near_file(local_path(source.path))
+        raise InputError(f"{error}. Nor is there a file or folder of this name.{hint}") from error
 
 
 def _saved(folder: Path, split: str) -> Iterator[Row]:
@@ -432,6 +474,7 @@ def _from_library(name: str, load: Callable[[Any], Iterable[Any]]) -> Iterator[R
     import datasets  # a second of import that lines can do without
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
     number = 0
     try:
         for number, row in enumerate(load(datasets), start=1):

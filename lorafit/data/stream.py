@@ -12,6 +12,7 @@ would only be known at its end.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,8 @@ from lorafit.data.sources import Row, Source, draw_rows, read_rows
 from lorafit.data.store import Builder, Sequences
 from lorafit.data.tokens import Encoder
 from lorafit.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,8 +71,9 @@ class StreamLoader:
     """`length` batches from a stream of rows; `state_dict()` says where it stands, as ResumableLoader's does.
 
     window: rows that are shuffled together. eval_fraction: rows whose prompt falls below it by its hash are held out
-    and not trained. packing: rows of at most the encoder's max_length. vocabulary: how many tokens the
-    model knows. `report` counts what was read so far.
+    and not trained. packing: rows of at most the encoder's max_length. vocabulary: how many tokens the model knows.
+    max_lost: the share of answers lost to max_length above which a warning is logged. `report` counts what was read
+    so far.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class StreamLoader:
         split: str = "train",
         on_bad_row: str = "error",
         vocabulary: int | None = None,
+        max_lost: float = 1.0,
         seed: int = 0,
         num_workers: int = 0,
         replica: int = 0,
@@ -98,6 +103,7 @@ class StreamLoader:
         self.window, self.packing, self.padding_free = window, packing, padding_free
         self.group_by_length, self.vocabulary = group_by_length, vocabulary
         self.eval_fraction, self.limit, self.split, self.on_bad_row = eval_fraction, limit, split, on_bad_row
+        self.max_lost, self._warned = max_lost, False
         self.seed, self.num_workers, self.replica, self.replicas = seed, num_workers, replica, replicas
         self.sources = _told(sources, split)
         self.report = Report(formats=[source.format for source in self.sources], unused=[[] for _ in sources])
@@ -178,6 +184,13 @@ class StreamLoader:
             self.examples += len(window.sequences)
             self.tokens += len(window.sequences.ids)
             self.supervised_tokens += int(window.sequences.trained.sum())
+            seen = self.examples + self.report.dropped
+            if not self._warned and self.report.lost > self.max_lost * seen:
+                self._warned = True
+                log.warning(
+                    f"{self.report.lost:,} of the {seen:,} examples read so far ({self.report.lost / seen:.1%}) lose "
+                    f"their answer to data.max_length={self.encoder.max_length}; data.max_lost is {self.max_lost:g}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, window, batches of it handed out, batches handed out in all, and what was counted."""

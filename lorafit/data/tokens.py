@@ -12,6 +12,7 @@ trained: there is no place to predict it from.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -133,6 +134,8 @@ class Encoder:
         self.chat = ChatTemplate(tokenizer, system=system) if use_chat else None
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self._added = frozenset(tokenizer.added_tokens_decoder)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self._alone: dict[str, list[int]] = {}
         self.beginning = self._special_beginning()
         # a tokenizer of SentencePiece's kind puts a space before every text, also before the rest of a text
@@ -146,6 +149,17 @@ class Encoder:
         if mark is not None and (found := self._ids(mark)) and found[-1] not in ids:
             ids.append(found[-1])
         return ids
+
+    def special_in(self, example: Example) -> str | None:
+        """The first special token that stands in a text of the example itself, where it would be read as what it
+        is to the model; an end token at the very end of an answer may stand there."""
+        for turn in example.turns:
+            text = turn.content
+            if turn.role == "assistant" and self.tokenizer.eos_token is not None:
+                text = text.removesuffix(str(self.tokenizer.eos_token))
+            if found := self._special.search(text):
+                return found[0]
+        return None
 
     # -------------------------------------------------------------------------------------------- encoding
 
