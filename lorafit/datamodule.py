@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -39,7 +40,7 @@ from lorafit.data.checks import (
     way_past,
 )
 from lorafit.data.corpus import ON_BAD_ROW
-from lorafit.data.loader import shares_of
+from lorafit.data.loader import Share, shares_of
 from lorafit.data.packing import best_fit
 from lorafit.data.sources import draw_rows
 from lorafit.data.store import Builder
@@ -72,7 +73,7 @@ class FinetuneDataModule(L.LightningDataModule):
         path: Any = "embedded",
         *,
         tokenizer: PreTrainedTokenizerBase | str = "embedded",
-        eval_path: str | None = None,
+        eval_path: Any = None,
         eval_fraction: float = 0.05,
         eval_limit: int | None = None,
         format: str = "auto",
@@ -109,13 +110,15 @@ class FinetuneDataModule(L.LightningDataModule):
             )
         if streaming and eval_limit is None:
             raise InputError("data.streaming=true: say how many rows are held out, with task.eval_examples")
-        self.path = path
+        self.path, self.eval_path = path, eval_path
         self.sources = parse_sources(path, format=format, columns=columns, subset=subset)
         self.eval_sources = (
-            parse_sources(eval_path, format=format, columns=columns, subset=subset)
+            parse_sources(eval_path, format=format, columns=columns, subset=subset, key="data.eval_path")
             if eval_path
             else held_out_sources(self.sources)
         )
+        if self.eval_sources:  # each row is measured on once, whatever its source weighs in training
+            self.eval_sources = [replace(source, weight=None) for source in self.eval_sources]
         self.eval_fraction, self.eval_limit, self.limit = eval_fraction, eval_limit, limit
         self.split, self.eval_split, self.on_bad_row = split, eval_split, on_bad_row
         self.packing, self.padding_free, self.group_by_length = packing, padding_free, group_by_length
@@ -167,6 +170,7 @@ class FinetuneDataModule(L.LightningDataModule):
             self.train_sequences, self.eval_sequences = corpus.train, corpus.held_out
             self.eval_examples, self.report, self._sizes = corpus.held_out_examples, corpus.report, corpus.sizes
             self._pack()
+            self._shares()
         self._ready = True
 
     def _pack(self) -> None:
@@ -182,18 +186,26 @@ class FinetuneDataModule(L.LightningDataModule):
             self._row_sizes.append(len(rows))
             start += size
 
+    def _shares(self) -> list[Share] | None:
+        """What of an epoch each source has; None without weights. Raises InputError where one has nothing to give."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        return shares_of(self._row_sizes, weights) if weights and any(self._row_sizes) else None
+
     def _setup_stream(self) -> None:
         """The rows to measure on, and the first window for the checks."""
         sources = self.eval_sources or self.sources
         pipeline, built = Pipeline(sources, self.encoder, on_bad_row=self.on_bad_row), Builder()
-        rows = draw_rows(sources, self.eval_split if self.eval_sources else self.split, streaming=True, seed=self.seed)
-        for _, example, encoded in pipeline.encode(itertools.islice(rows, None if self.eval_sources else self.limit)):
-            if self.eval_sources is None and example.position() >= self.eval_fraction:
+        split, limit = (self.eval_split, None) if self.eval_sources else (self.split, self.limit)
+        rows = draw_rows(sources, split, streaming=True, seed=self.seed, limit=limit)
+        seen: set[str] = set()  # with weights a short source begins anew
+        for _, example, encoded in pipeline.encode(rows):
+            if (self.eval_sources is None and example.position() >= self.eval_fraction) or example.where in seen:
                 continue
+            seen.add(example.where)
             if (kept := pipeline.fit(example, encoded)) is not None:
                 built.add(kept, example.key(), example.where)
                 self.eval_examples.append(example)
-            if len(built) >= (self.eval_limit or 0):
+            if len(built) == self.eval_limit:
                 break
         if not len(built):
             raise InputError(
@@ -213,6 +225,7 @@ class FinetuneDataModule(L.LightningDataModule):
                 self.report.faults.append(fault)
             if example.position() >= stream.eval_fraction:
                 self.report.lengths.append(len(encoded.ids))
+        self.report.unused = check.finish().unused
         if not len(self.train_sequences) and not self.report.lost + self.report.untrained:
             raise InputError(f"the first {len(first)} rows of {pipeline.describe()} give nothing to train")
 
@@ -244,15 +257,21 @@ class FinetuneDataModule(L.LightningDataModule):
     def first_examples(self) -> Iterator[Example]:
         """The good rows that are for training, from the beginning, before anything is cut."""
         pipeline = Pipeline(self.sources, self.encoder, on_bad_row="skip")
-        rows = draw_rows(self.sources, self.split, streaming=self.streaming, seed=self.seed)
-        for _, example, _ in pipeline.encode(itertools.islice(rows, self.limit)):
-            if self.eval_sources is not None or example.position() >= self.eval_fraction:
+        rows = draw_rows(self.sources, self.split, streaming=self.streaming, seed=self.seed, limit=self.limit)
+        held_out = {example.position() for example in self.eval_examples}  # in a small file also above the fraction
+        for _, example, _ in pipeline.encode(rows):
+            position = example.position()
+            if self.eval_sources is not None or (position >= self.eval_fraction and position not in held_out):
                 yield example
 
     def duplicates(self) -> np.ndarray:
-        """The numbers of the training examples that repeat an earlier one."""
-        _, first = np.unique(self.train_sequences.keys, return_index=True)
-        return np.setdiff1d(np.arange(len(self.train_sequences)), first)
+        """The numbers of the training examples that repeat an earlier one, of another row."""
+        train = self.train_sequences
+        # in a stream with weights a row may come twice
+        _, rows = np.unique(np.stack((train.origin, train.number)), axis=1, return_index=True)
+        rows.sort()
+        _, first = np.unique(train.keys[rows], return_index=True)
+        return np.delete(rows, first)
 
     def leaked(self) -> np.ndarray:
         """The numbers of the training examples that are held out as well."""
@@ -301,7 +320,7 @@ class FinetuneDataModule(L.LightningDataModule):
         if self._content is None and not self.streaming:
             digest = hashlib.sha256()
             for array in (self.train_sequences.ids, self.train_sequences.trained, self.train_sequences.offsets):
-                digest.update(np.ascontiguousarray(array))
+                digest.update(np.ascontiguousarray(array).data)
             self._content = digest.hexdigest()
         return self._content
 
@@ -343,7 +362,6 @@ class FinetuneDataModule(L.LightningDataModule):
                 raise InputError("data.streaming=true: the data has no known end, so trainer.max_steps must be given")
             self._stream = self._stream_loader(self.stream_batches, replica, replicas)
             return self._stream
-        weights = [source.weight for source in self.sources]
         return ResumableLoader(
             self.train_sequences,
             self.batch_size,
@@ -351,7 +369,7 @@ class FinetuneDataModule(L.LightningDataModule):
             rows=self._rows,
             padding_free=self.padding_free,
             shuffle=True,
-            shares=shares_of(self._row_sizes, [w for w in weights if w is not None]) if None not in weights else None,
+            shares=self._shares(),
             group_by_length=self.group_by_length,
             seed=self.seed,
             num_workers=self.num_workers,

@@ -91,8 +91,6 @@ def measure_isolation(model: nn.Module, sequences: Seq[Sequence], pad_id: int, *
     examples apart in a single row alone. Nothing is trained and no random number is drawn; the model comes back in the
     mode it had.
     """
-    if len(sequences) < 2:
-        raise InputError("packing cannot be proven with a single example: give more rows, or data.packing=false")
     device = next(model.parameters()).device
     longest = min(_TOKENS, _places(model)) // (2 * len(sequences))
     # each a little shorter than the one before: with equal lengths the padded batch would have no padding
@@ -160,6 +158,8 @@ def require_isolation(
     Raises InputError with the reason when it does not, or when the model does not take position ids. setting: the key
     that is to be turned off; rows: see `measure_isolation`.
     """
+    if len(sequences) < 2:
+        raise InputError(f"{setting} cannot be proven with a single example: give more rows, or {setting}=false")
     others = "" if rows == 1 else ", data.padding_free=true, which makes a batch one row,"
     way_out = f"Take {setting}=false{others} or another model.attention"
     try:

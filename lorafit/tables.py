@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.data.sources import files_not_read
+from lorafit.data.sources import files_not_read, held_out_files
 from lorafit.datamodule import FinetuneDataModule
 from lorafit.isolation import Isolation
 from lorafit.memory import human
@@ -63,7 +63,7 @@ def start_table(
     rows += [
         (
             "training",
-            f"{steps:,} steps of {per_step} {'rows' if data['packing'] else 'examples'}, {optimizer}, "
+            f"{steps:,} steps of {per_step} {'rows' if data['packed_rows'] else 'examples'}, {optimizer}, "
             f"learning rate {learning_rate:g}",
         ),
         (
@@ -123,6 +123,9 @@ def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> li
     for source, columns in zip(data.sources, report.unused, strict=False):
         if columns and source.path != "embedded":
             notes.append(f"columns of {source.path} that are not read: {', '.join(columns[:8])}")
+        if names := held_out_files(source.path):
+            use = "not read" if data.eval_path else "held out for their names"
+            notes.append(f"files of {source.path} that are {use}: {', '.join(names[:8])}")
         if left := files_not_read(source.path):
             notes.append(f"files of {source.path} that are not read: {', '.join(left[:8])}")
     if report.dropped or report.truncated:

@@ -128,6 +128,11 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
 
         # ---- what will happen
         devices = config.trainer.devices if isinstance(config.trainer.devices, int) else torch.cuda.device_count()
+        if config.resume and data.streaming and devices > 1:
+            raise InputError(
+                "resume: a streamed run of several processes cannot be resumed, since they stand at different places: "
+                "start it anew with one device, or without data.streaming"
+            )
         # a stream has the length of the run, for each process
         steps_per_epoch = max(1, len(data.train_dataloader()) // (1 if data.streaming else max(1, devices)))
         steps = total_steps(

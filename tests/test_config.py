@@ -271,7 +271,7 @@ def test_a_home_directory_is_understood(tmp_path: Path, monkeypatch: pytest.Monk
         (
             "data.path=a=b",
             "cannot read the override 'data.path=a=b': "
-            "quote a value that holds = , ( ) [ ] { } or quotes: \"key='value'\"",
+            "quote a value that holds other signs than letters from a to z, digits and . _ - / : \"key='value'\"",
         ),
         (
             "quant.double_quant=false",

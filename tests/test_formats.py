@@ -145,7 +145,7 @@ def test_the_first_row_that_has_a_layout_decides_for_the_file() -> None:
         with pytest.raises(InputError, match=said):
             formatter(Row("a:1", row))
     formatter(Row("a:2", {"question": "p", "answer": "c"}))
-    with pytest.raises(InputError, match="a:3: the row has no field 'question'.*one layout; this one is read as qu"):
+    with pytest.raises(InputError, match="a:3: the row has no field 'question'.*one layout; here they are read as qu"):
         formatter(Row("a:3", {"text": "c"}))
 
 
@@ -165,14 +165,14 @@ WRONG: list[tuple[Any, str]] = [
     ({"prompt": "p", "completion": ["c"]}, "field 'completion' must be text, it is list"),
     ({"prompt": {"a": "p"}, "completion": "c"}, "field 'prompt' must be text, it is dict"),
     ({"prompt": ["p"], "completion": "c"}, "prompt[0]: a turn must be an object with role and content, it is str"),
-    ({"prompt": [], "completion": "c"}, "turn 0 is the assistant's at the beginning"),
-    ({"prompt": [BOT], "completion": "c"}, "turn 0 is the assistant's at the beginning"),
+    ({"prompt": [], "completion": "c"}, "turn 1 is the assistant's at the beginning"),
+    ({"prompt": [BOT], "completion": "c"}, "turn 1 is the assistant's at the beginning"),
     ({"prompt": "p", "completion": " \n"}, "the completion (field 'completion') is empty"),
     ({"question": " ", "answer": "a"}, "field 'question' is empty, so the answer has no question"),
     ({"instruction": "", "input": "", "output": "a"}, "field 'instruction' is empty"),
     ({"prompt": "", "completion": "c", "system": "s"}, "the prompt is empty, but there is a system text"),
     ({"text": ""}, "the completion (field 'text') is empty"),
-    ({"input": "p", "target": "c"}, "no format fits the fields 'input', 'target'. Say which fields hold what"),
+    ({"input": "p", "target": "c"}, "no format fits the fields 'input', 'target'. If one answers the other, 'data.columns={prompt: input, completion: target}'"),
     ({}, "no format fits the fields none"),
     ({"messages": None}, "messages must be a list of turns, it is null"),
     ({"messages": {}}, "messages must be a list of turns, it is dict"),
@@ -182,11 +182,11 @@ WRONG: list[tuple[Any, str]] = [
     (chat([USER], BOT), "messages[0]: a turn must be an object with role and content, it is list"),
     (chat(USER), "the conversation ends with the user's turn, which nothing answers"),
     (chat(USER, BOT, USER), "the conversation ends with the user's turn"),
-    (chat(USER, USER, BOT), "turn 1 is the user's after one of the user"),
-    (chat(USER, BOT, BOT), "turn 2 is the assistant's after one of the assistant"),
-    (chat(SYSTEM, BOT), "turn 1 is the assistant's at the beginning"),
-    (chat(USER, SYSTEM, BOT), "turn 1 is the system's after one of the user"),
-    (chat(SYSTEM, SYSTEM, USER, BOT), "turn 1 is the system's at the beginning"),
+    (chat(USER, USER, BOT), "turn 2 is the user's after one of the user"),
+    (chat(USER, BOT, BOT), "turn 3 is the assistant's after one of the assistant"),
+    (chat(SYSTEM, BOT), "turn 2 is the assistant's at the beginning"),
+    (chat(USER, SYSTEM, BOT), "turn 2 is the system's after one of the user"),
+    (chat(SYSTEM, SYSTEM, USER, BOT), "turn 2 is the system's at the beginning"),
     (chat(USER, {"role": "tool", "content": "4"}, BOT),
      "the role 'tool' is none of system, user, assistant (or human, gpt, model). Tool calls are not read."),
     (chat({"role": "User", "content": "Hi"}, BOT), "Did you mean 'user'?"),

@@ -278,8 +278,8 @@ def test_a_model_that_could_not_show_a_leak_is_refused() -> None:
 
 
 def test_a_single_example_is_no_proof() -> None:
-    with pytest.raises(InputError, match="cannot be proven with a single example"):
-        measure_isolation(build(ISOLATED["llama"]), EXAMPLES[:1], 0)
+    with pytest.raises(InputError, match="data.padding_free cannot be proven with a single .* data.padding_free=false"):
+        require_isolation(build(ISOLATED["llama"]), EXAMPLES[:1], 0, "data.padding_free", rows=1)
 
 
 def test_what_is_measured_is_what_packed_training_runs() -> None:

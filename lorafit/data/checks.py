@@ -88,7 +88,8 @@ def _masked(example: Example, answer: str) -> Refusal:
     return Refusal(
         "answer_masked",
         f"{example.where}: the answer {_short(answer)} is not trained as a whole. The chat template or the tokenizer "
-        "changes it: correct the template, or take data.template=plain",
+        "changes it: correct the template, take data.template=plain, or, where it is not the last answer of its "
+        "conversation, data.train_on=last_turn",
     )
 
 

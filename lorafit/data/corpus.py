@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -43,9 +43,10 @@ log = logging.getLogger(__name__)
 
 ON_BAD_ROW = ("error", "skip")
 _CHUNK = 512  # rows that are tokenized together
-_CACHE_VERSION = 1  # to be raised with every change of what tokens or labels a row gives
+_CACHE_VERSION = 2  # to be raised with every change of what a row gives, or of what is told of it
 _LISTED = 20  # of the bad rows that were skipped
-# labels are read back as text for the first examples of a source and then for one in so many
+# labels are read back as text for the first examples of a source and then for one in so many, and for all whose text
+# is not just what the template has around the contents
 _CHECKED_FIRST, _CHECKED_THEN = 64, 64
 
 
@@ -157,11 +158,12 @@ class Pipeline:
 
     def fit(self, example: Example, encoded: Encoded, report: Report | None = None) -> Encoded | None:
         """What is left of an example within max_length, counted in a report of its own or the pipeline's."""
-        report = report or self.report
+        report = self.report if report is None else report
         try:
             kept, cut = self.encoder.fit(encoded, example.where)
         except InputError as error:
             self.bad(error)
+            report.lost += bool(encoded.trained.any())
             return None
         if not encoded.trained.any():
             report.untrained += 1
@@ -206,9 +208,15 @@ def read_corpus(
     eval_sources = eval_sources or held_out_sources(sources)
     folder = None
     if cache:
-        options = dict(locals())
-        kept = ("eval_fraction", "eval_limit", "limit", "split", "eval_split", "on_bad_row")
-        key = _cache_key(sources, eval_sources, encoder, {name: options[name] for name in kept})
+        options = {
+            "eval_fraction": eval_fraction,
+            "eval_limit": eval_limit,
+            "limit": limit,
+            "split": split,
+            "eval_split": eval_split,
+            "on_bad_row": on_bad_row,
+        }
+        key = _cache_key(sources, eval_sources, encoder, options)
         folder = store.cache_folder() / key if key else None
     if folder is not None and (found := store.load(folder, ("train", "held_out"))):
         parts, meta = found
@@ -249,9 +257,10 @@ def _read(
     # of the prompt that is trained and has the lowest position: (place in train, source, example)
     lowest, nearest = 1.0, list[tuple[int, int, Example]]()
     said = time.monotonic()
-    for number, example, encoded in pipeline.encode(itertools.islice(draw_rows(sources, split), limit)):
+    for number, example, encoded in pipeline.encode(draw_rows(sources, split, limit=limit)):
         checked[number] += 1
-        if checked[number] <= _CHECKED_FIRST or checked[number] % _CHECKED_THEN == 0:
+        sampled = checked[number] <= _CHECKED_FIRST or checked[number] % _CHECKED_THEN == 0
+        if sampled or not encoded.as_written:
             report.faults += [fault for fault in [check_labels(encoder, example, encoded)] if fault]
         position = example.position() if eval_sources is None else 1.0
         if position < eval_fraction:
@@ -340,25 +349,34 @@ def _cache_key(
     sources: list[Source], eval_sources: list[Source] | None, encoder: Encoder, options: dict[str, Any]
 ) -> str | None:
     """A hash of all that tokens and labels depend on; None where it cannot be known (a data set of the hub)."""
-    contents = [_content(source, str(options["split"])) for source in sources]
-    measured = [_content(source, str(options["eval_split"])) for source in eval_sources or []]
-    if None in contents or None in measured or encoder.tokenizer.is_fast is False:
+    train = [(_read_as(source, options), _content(source, str(options["split"]))) for source in sources]
+    held_out = [
+        (_read_as(source, options), _content(source, str(options["eval_split"]))) for source in eval_sources or ()
+    ]
+    if any(content is None for _, content in (*train, *held_out)) or not encoder.tokenizer.is_fast:
         return None
     chat = encoder.chat
     parts = {
         "version": _CACHE_VERSION,
         "libraries": [version(name) for name in ("tokenizers", "transformers")],
-        "train": [[asdict(source) for source in sources], contents],
-        "held_out": [[asdict(source) for source in eval_sources], measured] if eval_sources is not None else None,
+        "report": sorted(field.name for field in fields(Report)),
+        "train": train,
+        "held_out": held_out,
         "options": options,
         "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in encoder.tokenizer.special_tokens_map.items()},
-        "template": [chat.source, chat.system] if chat is not None else ["plain", str(encoder.plain.headings)],
+        "template": chat.source if chat is not None else f"plain, headings {encoder.plain.headings}",
+        "system": encoder.plain.system,
         # a template that knows what day it is gives other tokens tomorrow
         "day": str(date.today()) if chat is not None and "strftime_now" in chat.source else None,
         "encoder": [encoder.max_length, encoder.train_on, encoder.overflow],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _read_as(source: Source, options: dict[str, Any]) -> dict[str, Any]:
+    """What of a source its examples depend on: its weight is the loader's, unless it says how many rows are read."""
+    return asdict(source) | ({"weight": None} if options["limit"] is None else {})
 
 
 def _content(source: Source, split: str) -> list[tuple[str, str]] | None:

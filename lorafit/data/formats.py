@@ -15,6 +15,7 @@ and its fault: dropping it in silence would train something else.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,12 +87,14 @@ class Example:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
     def position(self) -> float:
-        """Where in [0, 1) the prompt falls by its hash: those below a fraction are held out.
+        """Where in [0, 1) the first question falls by its hash, system text included: those below a fraction are held
+        out.
 
-        So the choice does not depend on the order of the file, survives appended rows, and never parts two rows of the
-        same prompt.
+        So the choice does not depend on the order of the file, survives appended rows, and never parts two rows of one
+        prompt, nor the beginnings of one conversation.
         """
-        digest = hashlib.sha256((self.prompt or self.completion).encode()).digest()
+        start = list(itertools.takewhile(lambda turn: turn.role != "assistant", self.turns)) or self.turns
+        digest = hashlib.sha256("\x1e".join(turn.content.strip() for turn in start).encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
 

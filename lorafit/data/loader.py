@@ -107,8 +107,8 @@ def shares_of(sizes: Seq[int], weights: Seq[float]) -> list[Share]:
     """
     if 0 in sizes:
         raise InputError(
-            f"data.path: source {list(sizes).index(0) + 1} of {len(sizes)} has a weight, and no row of it that can be "
-            "trained: leave it out, or raise data.max_length"
+            f"data.path: source {list(sizes).index(0) + 1} of {len(sizes)} has a weight, and no row of it is left to "
+            "train, since they are dropped or held out: leave it out, give data.eval_path, or raise data.max_length"
         )
     total, edges = sum(sizes), np.concatenate(([0], np.cumsum(sizes))).tolist()
     counts = [max(1, round(total * weight / sum(weights))) for weight in weights]

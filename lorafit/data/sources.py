@@ -61,9 +61,14 @@ class Source:
 
 
 def parse_sources(
-    path: Any, *, format: str = "auto", columns: Mapping[str, str] | None = None, subset: str | None = None
+    path: Any,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    subset: str | None = None,
+    key: str = "data.path",
 ) -> list[Source]:
-    """The sources that `data.path` names: a text, or a list of texts and of mappings such as
+    """The sources that `data.path`, or another `key`, names: a text, or a list of texts and of mappings such as
     ``{path: b.csv, weight: 0.3, columns: {prompt: q, completion: a}}``; what a mapping leaves out is as given here.
 
     Raises InputError for anything else, and where only some of several sources have a weight.
@@ -72,26 +77,26 @@ def parse_sources(
     sources = []
     for entry in entries:
         values = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-        for key in values:
-            if key not in _SOURCE_KEYS:
-                raise InputError(f"data.path: a source has no key {key!r}.{did_you_mean(str(key), _SOURCE_KEYS)}")
+        for name in values:
+            if name not in _SOURCE_KEYS:
+                raise InputError(f"{key}: a source has no key {name!r}.{did_you_mean(str(name), _SOURCE_KEYS)}")
         if not isinstance(values.get("path"), str | Path) or not str(values["path"]):
-            raise InputError(f"data.path: a source is a path or a mapping with a path, got {entry!r}")
+            raise InputError(f"{key}: a source is a path or a mapping with a path, got {entry!r}")
         weight = values.get("weight")
         if weight is not None and not (type(weight) in (int, float) and weight > 0 and math.isfinite(weight)):
-            raise InputError(f"data.path: the weight of {values['path']!r} must be a positive number, got {weight!r}")
-        for key, kind in (("format", str), ("columns", Mapping), ("subset", str)):
-            if values.get(key) is not None and not isinstance(values[key], kind):
-                wanted = "like {prompt: question, completion: answer}" if key == "columns" else "a name"
-                raise InputError(f"data.path: {key} of {values['path']!r} must be {wanted}, got {values[key]!r}")
+            raise InputError(f"{key}: the weight of {values['path']!r} must be a positive number, got {weight!r}")
+        for name, kind in (("format", str), ("columns", Mapping), ("subset", str)):
+            if values.get(name) is not None and not isinstance(values[name], kind):
+                wanted = "like {prompt: question, completion: answer}" if name == "columns" else "a name"
+                raise InputError(f"{key}: {name} of {values['path']!r} must be {wanted}, got {values[name]!r}")
         defaults: dict[str, Any] = {"format": format, "columns": columns, "subset": subset}
-        own = {key: value for key, value in values.items() if value is not None}
+        own = {name: value for name, value in values.items() if value is not None}
         sources.append(Source(**defaults | own | {"path": str(values["path"])}))
     if not sources:
-        raise InputError("data.path is an empty list: name a source")
+        raise InputError(f"{key} is an empty list: name a source")
     weighted = sum(source.weight is not None for source in sources)
     if weighted not in (0, len(sources)):
-        raise InputError("data.path: give a weight to every source, or to none")
+        raise InputError(f"{key}: give a weight to every source, or to none")
     return sources
 
 
@@ -151,13 +156,7 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     A file is held out when a word of its name says so (validation, dev, test, …); validation goes before test.
     For split "test" a folder without such files gives all of its files; raises InputError where there is none at all.
     """
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    files = _data_files(folder)
     if not files:
         raise InputError(f"data folder {str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}")
     ranks = {path: _held_out_rank(path.relative_to(folder)) for path in files}
@@ -170,17 +169,32 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     return files if best is None else [path for path in files if ranks[path] == best]
 
 
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, but for hidden ones."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [path for path in _files(folder) if path.suffix.lower() in SUFFIXES]
+
+
 def files_not_read(path: str) -> list[str]:
     """The names of a source's files that are of no kind that is read, where the source is a folder."""
     folder = local_path(path)
     if not os.path.isdir(folder) or is_saved(folder):
         return []
-    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
-    return [
-        str(name)
-        for name in files
-        if not any(part.startswith(".") for part in name.parts) and name.suffix.lower() not in (*SUFFIXES, ".md", "")
-    ]
+    names = (file.relative_to(folder) for file in _files(folder))
+    return [str(name) for name in names if name.suffix.lower() not in (*SUFFIXES, ".md", "")]
+
+
+def held_out_files(path: str) -> list[str]:
+    """The names of those of a source's files that are not trained for what they are called, where it is a folder."""
+    folder = local_path(path)
+    if not os.path.isdir(folder) or is_saved(folder):
+        return []
+    names = (file.relative_to(folder) for file in _data_files(folder))
+    return [str(name) for name in names if _held_out_rank(name) is not None]
 
 
 def has_held_out_files(path: str) -> bool:
@@ -372,8 +386,9 @@ def _csv(file: Path) -> Iterator[Row]:
                         "skipped"
                     ) from None
                 yield Row(where, InputError(problem))
-                source = itertools.chain(taken[1:], source)
-                del taken[1:]
+                if len(taken) > 1:
+                    source = itertools.chain(taken[1:], source)
+                    del taken[1:]
                 reader = csv.reader(_noted(source, taken), **options)
                 continue
             if cells is None:
@@ -495,19 +510,24 @@ def _held_out_split(names: Iterable[Any]) -> str | None:
 
 
 def draw_rows(
-    sources: list[Source], split: str = "train", *, streaming: bool = False, seed: int = 0
+    sources: list[Source], split: str = "train", *, streaming: bool = False, seed: int = 0, limit: int | None = None
 ) -> Iterator[tuple[int, Row]]:
-    """The rows of all sources, each with the number of its source.
+    """The rows of all sources, each with the number of its source; at most `limit`, of each source its part.
 
     Without weights one source follows the other. With weights (streaming alone: elsewhere the loader mixes what has
     been read) each row comes from a source drawn in proportion; one that ends begins anew, until each has ended once.
     """
+    weights = [1.0 if source.weight is None else source.weight for source in sources]
     if not streaming or sources[0].weight is None or len(sources) == 1:
         for number, source in enumerate(sources):
-            for row in read_rows(source, split, streaming=streaming):
+            part = None if limit is None else max(1, round(limit * weights[number] / sum(weights)))
+            for row in itertools.islice(read_rows(source, split, streaming=streaming), part):
                 yield number, row
         return
-    weights = [float(source.weight or 0) for source in sources]
+    yield from itertools.islice(_drawn(sources, weights, split, seed), limit)
+
+
+def _drawn(sources: list[Source], weights: list[float], split: str, seed: int) -> Iterator[tuple[int, Row]]:
     draw = random.Random(seed)
     readers = [read_rows(source, split, streaming=True) for source in sources]
     running = set(range(len(sources)))

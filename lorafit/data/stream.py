@@ -115,7 +115,7 @@ class StreamLoader:
 
     def rows(self, epoch: int) -> Iterator[tuple[int, Row]]:
         """The rows of an epoch as they are found."""
-        return itertools.islice(draw_rows(self.sources, self.split, streaming=True, seed=self.seed + epoch), self.limit)
+        return draw_rows(self.sources, self.split, streaming=True, seed=self.seed + epoch, limit=self.limit)
 
     def read(self, rows: list[tuple[int, Row]]) -> Window:
         """The examples of a window of rows, held-out ones left out."""

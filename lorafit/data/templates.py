@@ -50,15 +50,26 @@ class Rendered:
     plain: bool
 
 
+def with_system(turns: tuple[Turn, ...], system: str) -> tuple[Turn, ...]:
+    """The turns, with what becomes of a system turn: "keep", "fold" (it goes before the first question), or "drop"."""
+    if system == "keep" or turns[0].role != "system":
+        return turns
+    rest = turns[1:]
+    if system == "fold":
+        rest = (rest[0]._replace(content=f"{turns[0].content}\n\n{rest[0].content}"), *rest[1:])
+    return rest
+
+
 class PlainTemplate:
     """Questions and answers one after another. headings: under Alpaca's headings `### Instruction:`, `###
-    Response:`."""
+    Response:`. system: see `with_system`."""
 
-    def __init__(self, end: str, *, headings: bool = False) -> None:
-        self.end, self.headings = end, headings
+    def __init__(self, end: str, *, headings: bool = False, system: str = "keep") -> None:
+        self.end, self.headings, self.system = end, headings, system
 
     def render(self, turns: tuple[Turn, ...], where: str = "") -> Rendered:
         """The text of a conversation; a single answer is rendered as it is."""
+        turns = with_system(turns, self.system)
         headings = self.headings and len(turns) > 1
         text, contents, answers = "", [], []
         for turn in turns:
@@ -91,8 +102,8 @@ class _Skeleton:
 class ChatTemplate:
     """A tokenizer's own chat template.
 
-    system: what becomes of a system turn: "keep", "fold" (it goes before the first question), or "drop".
-    Raises InputError when the tokenizer has none, or one that is no template.
+    system: what becomes of a system turn, see `with_system`. Raises InputError when the tokenizer has none, or one that
+    is no template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str = "keep") -> None:
@@ -116,7 +127,7 @@ class ChatTemplate:
     def render(self, turns: tuple[Turn, ...], where: str = "") -> Rendered:
         """The text of a conversation that ends with an answer; raises InputError for one that the template refuses or
         in which its answers cannot be told from the rest."""
-        turns = self._with_system(turns)
+        turns = with_system(turns, self.system)
         text, _ = self._apply(turns, where)
         skeleton = self._skeleton(tuple(turn.role for turn in turns))
         contents = None if skeleton is None else _walk(skeleton, turns, text)
@@ -140,14 +151,6 @@ class ChatTemplate:
             )
         closed = text.endswith(self.added, *answers[-1])
         return Rendered(text, tuple(contents or [None] * len(turns)), tuple(answers), closed, plain=False)
-
-    def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if self.system == "keep" or turns[0].role != "system":
-            return turns
-        rest = turns[1:]
-        if self.system == "fold":
-            rest = (rest[0]._replace(content=f"{turns[0].content}\n\n{rest[0].content}"), *rest[1:])
-        return rest
 
     def _apply(
         self, turns: tuple[Turn, ...], where: str = "", *, generation: bool = False, marks: bool = False

@@ -67,12 +67,14 @@ class Encoded:
     """One conversation as tokens, uncut: ids [length] (int32), and for each whether it is trained (bool).
 
     asked: where the whole is too long and questions may be cut, the token ranges of their contents, and of those of
-    answers that nothing is learned from.
+    answers that nothing is learned from. as_written: whether the text is just the contents and what the template has
+    around them.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     asked: tuple[Span, ...] = ()
+    as_written: bool = True
 
     def sequence(self) -> Sequence:
         """{"input_ids", "labels"}, int64 arrays: a label is -100 where nothing is trained."""
@@ -129,7 +131,7 @@ class Encoder:
                 )
         self.tokenizer = tokenizer
         self.max_length, self.train_on, self.overflow = max_length, train_on, overflow
-        self.plain = PlainTemplate(str(tokenizer.eos_token), headings=template == "alpaca")
+        self.plain = PlainTemplate(str(tokenizer.eos_token), headings=template == "alpaca", system=system)
         use_chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.chat = ChatTemplate(tokenizer, system=system) if use_chat else None
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
@@ -152,10 +154,10 @@ class Encoder:
 
     def special_in(self, example: Example) -> str | None:
         """The first special token that stands in a text of the example itself, where it would be read as what it
-        is to the model; an end token at the very end of an answer may stand there."""
+        is to the model. At the very end of an answer the plain template takes an end token for its own."""
         for turn in example.turns:
             text = turn.content
-            if turn.role == "assistant" and self.tokenizer.eos_token is not None:
+            if self.chat is None and turn.role == "assistant":
                 text = text.removesuffix(str(self.tokenizer.eos_token))
             if found := self._special.search(text):
                 return found[0]
@@ -193,8 +195,14 @@ class Encoder:
     def encode_prompt(self, example: Example) -> list[int]:
         """What the model is given in use: everything before the last answer, up to where the answer begins."""
         rendered = self.render(example)
-        tokens = self._tokenize(rendered, self._encode_batch([rendered.text])[0])
-        return self._begin(rendered) + tokens.ids[: tokens.locate(rendered.answers[-1][0])]
+        encoding = self._encode_batch([rendered.text])[0]
+        tokens = self._tokenize(rendered, encoding)
+        ids = self._begin(rendered) + tokens.ids[: tokens.locate(rendered.answers[-1][0])]
+        if self.overflow != "truncate_prompt":
+            return ids
+        # as it is trained: with the question cut so that the answer fits
+        kept, cut = self.fit(self._encoded(example, rendered, encoding))
+        return ids if kept is None else [token for token, gone in zip(ids, cut, strict=False) if not gone]
 
     def _encoded(self, example: Example, rendered: Rendered, encoding: Any) -> Encoded:
         assistants = [turn for turn in example.turns if turn.role == "assistant"]
@@ -233,7 +241,7 @@ class Encoder:
                 for first, last in [_inside(offsets, *span)]
                 if first < last and len(begin) + last <= length
             ]
-        return Encoded(all_ids, trained, tuple(sorted(asked)))
+        return Encoded(all_ids, trained, tuple(sorted(asked)), None not in rendered.contents)
 
     def _begin(self, rendered: Rendered) -> list[int]:
         # a chat template writes its own beginning
