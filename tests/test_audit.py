@@ -212,3 +212,23 @@ def test_bad_rows_are_listed_and_wrong_input_is_one_message() -> None:
     assert code == 0 and found["skipped_rows"] == 1 and "a.jsonl:31" in found["bad_rows"][0] and "a.jsonl:31" in out
     code, _, err, _ = audited("quantt=nf4")
     assert code == 2 and "Did you mean 'quant'?" in err
+
+
+def test_data_cannot_move_the_cursor_or_turn_the_text_around() -> None:
+    rows = [{"prompt": f"\x1b[2J{i}\u202eq", "completion": "\x1b]0;title\x07a\r\nb"} for i in range(30)]
+    code, out, err, found = audited(f"data.path={write('a.jsonl', *rows)}")
+    assert code == 0, err
+    assert "\x1b" not in out and "\u202e" not in out and "\x07" not in out and "<U+001B>" in out
+    assert any("\x1b" in token["text"] for token in found["examples"][0]["tokens"])
+
+
+def test_files_and_rows_that_are_left_out_are_told() -> None:
+    Path("data").mkdir()
+    write("data/a.jsonl", *questions(30))
+    write("data/unit test.jsonl", *questions(40)[30:])
+    Path("data/b.jsonl.gz").write_bytes(b"")
+    code, out, err, found = audited("data.path=data")
+    assert code == 0, err
+    assert "files of data that are held out for their names: unit test.jsonl" in found["notes"]
+    assert "files of data that are not read: b.jsonl.gz" in found["notes"]
+    assert "b.jsonl.gz" in out

@@ -39,6 +39,7 @@ from lorafit.data.checks import (
     label_table,
     one_of_each,
     token_rows,
+    way_past,
 )
 from lorafit.data.store import Builder
 from lorafit.data.tokens import Encoded
@@ -326,3 +327,24 @@ def test_the_first_examples_are_shown_in_two_parts() -> None:
         int(encoder.encode(SHORT).trained.sum()),
     )
     assert len(label_table(encoder, sequences, count=1)) == 1
+
+
+def test_nobody_is_told_to_choose_what_is_chosen() -> None:
+    long = [Example.of("q", "word " * 60)] * 4 + [Example.of("q", "a")] * 4
+    for overflow, advised in (("drop", True), ("truncate", True), ("truncate_prompt", False)):
+        encoder = Encoder(tokenizer_of("embedded"), max_length=30, overflow=overflow)
+        assert ("data.overflow=truncate_prompt" in all_checks(encoder, *long)["answer_lost"]) is advised
+
+
+def test_where_nothing_is_to_be_learned_the_length_is_not_blamed() -> None:
+    example = Example((Turn("user", "q"), Turn("assistant", "a", trained=False)))
+    message = all_checks(Encoder(tokenizer_of("embedded")), example)["no_supervised_token"]
+    assert "max_length" not in message and "weight 0" in message
+
+
+def test_only_what_can_be_allowed_is_offered() -> None:
+    assert way_past(["vocabulary", "packing", "no_supervised_token"]) == ""
+    assert (
+        way_past(["end_masked", "packing", "doubled_special"])
+        == "data.allow=[end_masked,doubled_special] trains all the same"
+    )

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chats import QWEN3, chat_tokenizer
 
 from lorafit.data import (
     Corpus,
@@ -492,3 +493,87 @@ def test_the_sources_that_hold_rows_out_may_be_named_or_found(tmp_path: Path, en
     sources = parse_sources(str(tmp_path / "f"))
     found = read_corpus(sources, encoder)
     assert said(found) == said(read_corpus(sources, encoder, eval_sources=held_out_sources(sources)))
+
+
+# --- accounts and sides ---------------------------------------------------------------------------
+
+
+def test_rows_of_one_question_are_on_one_side_whatever_stands_around_or_behind_it(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    def talk(index: int, *more: str) -> dict[str, Any]:
+        said = (f"question {index}", f"answer {index}", *more)
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]}
+
+    rows = [talk(index, *more) for index in range(200) for more in ((), ("And?", "No more."))]
+    rows += [
+        {"messages": [{"role": "user", "content": f"question {i} \n"}, talk(i)["messages"][1]]} for i in range(200)
+    ]
+    corpus = read(encoder, write(tmp_path / "a.jsonl", rows), eval_fraction=0.3)
+    held_out = {example.turns[0].content.strip() for example in corpus.held_out_examples}
+    assert 30 < len(held_out) < 90 and len(corpus.held_out_examples) == 3 * len(held_out)
+    assert not np.isin(corpus.train.keys, corpus.held_out.keys).any()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_held_out_rows_that_are_too_long_or_not_needed_are_counted(tmp_path: Path, tokenizer: Any, given: bool) -> None:
+    rows = [{"prompt": f"question {i} " + "word " * (i % 2 * 60), "completion": "a"} for i in range(400)]
+    path = write(tmp_path / "a.jsonl", rows)
+    encoder = Encoder(tokenizer, max_length=40)
+    if given:
+        corpus = read(encoder, path, eval_sources=parse_sources(str(path)), eval_limit=1000)
+        assert len(corpus.held_out) == corpus.report.eval_dropped == 200 and corpus.report.eval_unused == 0
+        return
+    corpus = read(encoder, path, eval_fraction=0.3, eval_limit=20)
+    report = corpus.report
+    # beyond the limit nothing is looked at any more
+    assert report.eval_dropped > 0 and report.eval_unused > 20 and len(corpus.held_out) == 20
+    assert len(corpus.train) + report.dropped + 20 + report.eval_dropped + report.eval_unused == 400
+
+
+def test_a_row_with_nothing_to_learn_is_not_one_that_is_too_long(tmp_path: Path, tokenizer: Any) -> None:
+    def talk(index: int) -> dict[str, Any]:
+        asked = {"role": "user", "content": f"question {index}"}
+        answers = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b", "weight": index % 2}]
+        return {"messages": [asked, answers[0], {"role": "user", "content": "And?"}, answers[1]]}
+
+    path = write(tmp_path / "a.jsonl", [talk(index) for index in range(100)])
+    corpus = read(Encoder(tokenizer, train_on="last_turn"), path, eval_fraction=0.1)
+    report = corpus.report
+    assert report.untrained + report.eval_dropped == 50 and report.dropped == report.lost == 0
+    assert len(corpus.train) + len(corpus.held_out) == 50
+
+
+def test_answers_that_are_too_long_are_lost_also_where_their_rows_are_skipped(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": f"q {index}", "completion": "word " * 40} for index in range(40)]
+    encoder = Encoder(tokenizer, max_length=20, overflow="error")
+    report = read(encoder, write(tmp_path / "a.jsonl", MANY[:40] + rows), on_bad_row="skip").report
+    assert report.lost >= 30 and report.skipped == 40
+
+
+def test_special_tokens_in_a_text_are_counted_and_named(tmp_path: Path, encoder: Encoder) -> None:
+    rows = [*MANY[:30], {"prompt": "q", "completion": "a</s> b"}, {"prompt": "q", "completion": "all</s>"}]
+    report = read(encoder, write(tmp_path / "a.jsonl", rows)).report
+    assert report.marked == 1 and report.first_marked.endswith("a.jsonl:31 has '</s>'")
+
+
+def test_a_limit_takes_of_each_source_its_part(tmp_path: Path, encoder: Encoder) -> None:
+    paths = [write(tmp_path / f"{name}.jsonl", MANY) for name in "ab"]
+    assert sum(read(encoder, *paths, limit=40).sizes) == 40 - len(read(encoder, *paths, limit=40).held_out)
+    weighted = parse_sources(
+        [{"path": str(path), "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
+    )
+    corpus = read_corpus(weighted, encoder, limit=40, eval_sources=parse_sources(str(paths[0])))
+    assert corpus.sizes == [30, 10]
+
+
+def test_a_row_whose_answer_the_template_rewrites_is_found_wherever_it_stands(tmp_path: Path) -> None:
+    def talk(index: int) -> dict[str, Any]:
+        first = "<think>\nold\n</think>\n\nA" if index == 90 else "A"
+        said = (f"Q{index}", first, "R", "B")
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]}
+
+    encoder = Encoder(chat_tokenizer(QWEN3))
+    corpus = read(encoder, write(tmp_path / "a.jsonl", [talk(index) for index in range(100)]), eval_fraction=0.01)
+    [fault] = corpus.report.faults
+    assert fault.check == "answer_masked" and ":91:" in fault.message and "data.train_on=last_turn" in fault.message

@@ -266,3 +266,44 @@ def test_real_data_is_read_whole_from_its_folder(tokenizer, name, columns, train
     numbers = data.statistics()
     assert (numbers["train_examples"], numbers["eval_examples"]) == (trained, held_out)
     assert numbers["dropped_examples"] == numbers["skipped_rows"] == 0 and data.refusals() == []
+
+
+# --- sides and sources ----------------------------------------------------------------------------
+
+
+def test_a_resumed_run_hears_that_its_data_has_changed(tmp_path: Path, tokenizer, caplog) -> None:
+    path = write(tmp_path / "a.jsonl", *questions(40))
+    state = ready(path, tokenizer=tokenizer).state_dict()
+    ready(path, tokenizer=tokenizer, packing=True, batch_size=3).load_state_dict(state)
+    assert not caplog.records
+    write(tmp_path / "a.jsonl", *questions(40, words=2))
+    ready(path, tokenizer=tokenizer).load_state_dict(state)
+    assert "resume: the training tokens are not those" in caplog.text
+
+
+def test_a_weighted_stream_holds_out_each_row_once_and_calls_no_row_a_duplicate_of_itself(
+    tmp_path: Path, tokenizer
+) -> None:
+    long = write(tmp_path / "a.jsonl", *questions(300))
+    short = write(tmp_path / "b.jsonl", *({"prompt": f"other {i}", "completion": "b"} for i in range(10)))
+    paths = [{"path": long, "weight": 0.5}, {"path": short, "weight": 0.5}]
+    options = {"tokenizer": tokenizer, "streaming": True, "eval_fraction": 0.3, "eval_limit": 1000, "window": 200}
+    data = ready(paths, **options)
+    places = [example.where for example in data.eval_examples]
+    assert len(places) == len(set(places)) > 60
+    assert len(set(data.train_sequences.keys.tolist())) < len(data.train_sequences) and not len(data.duplicates())
+
+
+def test_a_weighted_source_without_a_row_to_train_is_refused_before_anything_is_loaded(
+    tmp_path: Path, tokenizer
+) -> None:
+    rows = questions(6)
+    paths = [write(tmp_path / f"{i}.jsonl", row) for i, row in enumerate(rows)]
+    with pytest.raises(InputError, match="source [1-6] of 6 has a weight, and no row of it is left .* data.eval_path"):
+        ready([{"path": path, "weight": 1} for path in paths], tokenizer=tokenizer, eval_fraction=1e-9)
+
+
+def test_no_example_that_is_shown_is_held_out(tmp_path: Path, tokenizer) -> None:
+    data = ready(write(tmp_path / "a.jsonl", *questions(5)), tokenizer=tokenizer, eval_fraction=1e-9)
+    shown = [example.where for example in data.first_examples()]
+    assert len(shown) == len(data.train_sequences) == 4 and data.eval_examples[0].where not in shown

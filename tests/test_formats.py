@@ -172,7 +172,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"instruction": "", "input": "", "output": "a"}, "field 'instruction' is empty"),
     ({"prompt": "", "completion": "c", "system": "s"}, "the prompt is empty, but there is a system text"),
     ({"text": ""}, "the completion (field 'text') is empty"),
-    ({"input": "p", "target": "c"}, "no format fits the fields 'input', 'target'. If one answers the other, 'data.columns={prompt: input, completion: target}'"),
+    ({"input": "p", "target": "c"}, "no format fits the fields 'input', 'target'. If one answers the other, 'data.col"),
     ({}, "no format fits the fields none"),
     ({"messages": None}, "messages must be a list of turns, it is null"),
     ({"messages": {}}, "messages must be a list of turns, it is dict"),

@@ -21,7 +21,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from lorafit.data import Formatter, Source, held_out_sources, parse_sources, read_rows
-from lorafit.data.sources import Row, _hub, draw_rows, fields, folder_files, has_held_out_files
+from lorafit.data.sources import (
+    Row,
+    _hub,
+    draw_rows,
+    fields,
+    files_not_read,
+    folder_files,
+    has_held_out_files,
+    held_out_files,
+)
 from lorafit.embedded import TEST, TRAIN
 from lorafit.errors import InputError
 
@@ -494,3 +503,53 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write(tmp_path / "folder" / "b.jsonl", '{"text": "mine"}')
     assert read("~/a.jsonl") == read("~/folder") == [{"text": "mine"}]
     assert os.environ["HOME"] == str(tmp_path)
+
+
+def test_the_separator_of_a_table_is_not_one_that_stands_in_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"prompt, or so, or so";completion\np;c\n')
+    [row] = read_rows(tmp_path / "a.csv")
+    assert fields(row) == {"prompt, or so, or so": "p", "completion": "c"}
+
+
+def test_columns_without_a_name_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion,,\np,c,,\n")
+    [row] = read_rows(tmp_path / "a.csv")
+    assert fields(row)["prompt"] == "p" and fields(row)["completion"] == "c"
+
+
+def test_a_file_with_one_row_is_read_whatever_its_ending(tmp_path: Path) -> None:
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "p", "completion": "c"}\n')
+        assert [fields(row)["prompt"] for row in read_rows(tmp_path / name)] == ["p"]
+
+
+def test_a_table_without_rows_is_empty_and_says_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet")) == []
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match="b.parquet"):
+        list(read_rows(tmp_path / "b.parquet"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_many_broken_rows_take_time_in_proportion(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + 'p,"c"x\n' * 50_000)
+    assert sum(isinstance(row.payload, InputError) for row in read_rows(tmp_path / "a.csv")) == 50_000
+
+
+def test_what_a_folder_holds_beside_its_training_files_is_listed(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "README.md", "LICENSE", ".hidden.txt", "sub/unit_test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert files_not_read(str(tmp_path)) == ["b.jsonl.gz", "c.txt"]
+    assert held_out_files(str(tmp_path)) == ["sub/unit_test.jsonl"]
+    assert files_not_read(str(tmp_path / "a.jsonl")) == held_out_files("embedded") == []
+
+
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(InputError, match="'rows.jsnl' does not exist. Did you mean 'rows.jsonl'"):
+        list(read_rows("rows.jsnl"))
+    with pytest.raises(InputError, match="Nor is there a file or folder of this name. Did you mean 'rows.jsonl'"):
+        list(read_rows("rows"))

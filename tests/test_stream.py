@@ -394,3 +394,17 @@ def test_a_resumed_run_over_packed_rows_is_the_unbroken_one_bit_for_bit(
     assert len(losses) == 10 and began + ended == losses
     assert all(torch.equal(resumed[name], value) for name, value in adapter.items())
     assert counted_again == counted and counted["streaming"] == streaming
+
+
+def test_answers_that_a_later_window_loses_are_told_while_it_trains(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = [row(index) for index in range(20)]
+    long = [{"prompt": "q", "completion": "word " * 80}] * 20
+    path = write(tmp_path / "b.jsonl", *short, *long)
+    batches(stream(path, length=10, max_lost=0.2))
+    said = [record for record in caplog.records if "lose their answer to data.max_length=64" in record.getMessage()]
+    assert len(said) == 1 and "data.max_lost is 0.2" in said[0].getMessage()
+    caplog.clear()
+    batches(stream(path, length=10))
+    assert not caplog.records

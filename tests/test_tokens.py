@@ -475,3 +475,37 @@ def test_a_real_chat_model_is_trained_on_the_answers_of_real_rows(file: str, col
             == encoder.encode_prompt(example) + answer
         )
         assert labels_of(encoded) == [IGNORE] * len(prompt) + answer
+
+
+# --- the prompt in use, and what a text must not hold -------------------------------------------------
+
+
+@EVERY_STYLE
+def test_the_prompt_in_use_is_cut_as_it_was_in_training(style: Style) -> None:
+    asked = TALK.turns[-2]._replace(content="Who is " + "very " * 60 + "old?")
+    example = Example((*TALK.turns[:-2], asked, TALK.turns[-1]))
+    if style.talk() is not TALK:  # a template that knows no system text
+        example = Example(example.turns[1:])
+    encoder = Encoder(chat_tokenizer(style), overflow="truncate_prompt", max_length=10**6)
+    encoder.max_length = len(encoder.encode(example).ids) - 25
+    kept, _ = encoder.fit(encoder.encode(example))
+    assert kept is not None
+    prompt = encoder.encode_prompt(example)
+    assert prompt == kept.ids[: len(prompt)].tolist() and len(kept.ids) == encoder.max_length
+    assert kept.trained[len(prompt) :].any() and len(prompt) == np.flatnonzero(np.diff(kept.trained))[-1] + 1
+
+
+def test_a_special_token_in_a_text_is_found_but_for_the_end_of_a_plain_answer() -> None:
+    plain, chat = Encoder(tokenizer_of("embedded")), Encoder(chat_tokenizer(CHATML))
+    assert plain.special_in(Example.of("p", "c</s>")) is None and plain.special_in(Example.of("p<s>", "c")) == "<s>"
+    assert chat.special_in(Example.of("p", "c<|im_end|>")) == "<|im_end|>" and chat.special_in(SHORT) is None
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_a_system_text_is_folded_and_dropped_without_a_chat_template_too(template: str) -> None:
+    example = Example((Turn("system", "SYS"), Turn("user", "q"), Turn("assistant", "a")))
+
+    def text(system: str) -> str:
+        return Encoder(tokenizer_of("embedded"), template=template, system=system).render(example).text
+
+    assert "SYS" not in text("drop") and "SYS\n\nq" in text("fold") and "SYS\n" in text("keep")

@@ -349,19 +349,19 @@ def _cache_key(
     sources: list[Source], eval_sources: list[Source] | None, encoder: Encoder, options: dict[str, Any]
 ) -> str | None:
     """A hash of all that tokens and labels depend on; None where it cannot be known (a data set of the hub)."""
-    train = [(_read_as(source, options), _content(source, str(options["split"]))) for source in sources]
-    held_out = [
-        (_read_as(source, options), _content(source, str(options["eval_split"]))) for source in eval_sources or ()
-    ]
-    if any(content is None for _, content in (*train, *held_out)) or not encoder.tokenizer.is_fast:
+    read, measured = (
+        [(_read_as(source, options), _content(source, str(options[split]))) for source in some or ()]
+        for some, split in ((sources, "split"), (eval_sources, "eval_split"))
+    )
+    if any(content is None for _, content in (*read, *measured)) or not encoder.tokenizer.is_fast:
         return None
     chat = encoder.chat
     parts = {
         "version": _CACHE_VERSION,
         "libraries": [version(name) for name in ("tokenizers", "transformers")],
         "report": sorted(field.name for field in fields(Report)),
-        "train": train,
-        "held_out": held_out,
+        "train": read,
+        "held_out": measured,
         "options": options,
         "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in encoder.tokenizer.special_tokens_map.items()},
