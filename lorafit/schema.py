@@ -300,7 +300,8 @@ def _check_values(config: Config) -> Iterable[str]:
         if name == "no_supervised_token":
             yield "data.allow: no_supervised_token cannot be allowed, since there is nothing to train"
         elif name not in _CHECKS:
-            yield f"data.allow: there is no check {name!r} ({', '.join(_CHECKS)}){near_names(name, _CHECKS)}"
+            known = _CHECKS[1:]
+            yield f"data.allow: there is no check {name!r} ({', '.join(known)}){near_names(name, known)}"
     yield from _check_columns("data.columns", data.columns)
     for key in ("path", "eval_path"):
         for entry in _entries(getattr(data, key)):

@@ -52,7 +52,7 @@ def sequences_of(encoder: Encoder, *examples: Example) -> tuple[Sequences, dict[
         encoded = encoder.encode(example)
         lengths.append(len(encoded.ids))
         kept, cut = encoder.fit(encoded)
-        lost += kept is None or bool((cut & encoded.trained).any())
+        lost += bool(encoded.trained.any() if kept is None else (cut & encoded.trained).any())
         if kept is not None:
             built.add(kept, example.key(), example.where)
     return built.sequences(), {"lost": lost, "examples": len(examples), "lengths": lengths, "max_lost": 0.2}

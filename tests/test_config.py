@@ -335,7 +335,12 @@ def test_a_wrong_command_gets_one_line_with_the_nearest_right_one(overrides: str
         ("data.max_lost=2", "data.max_lost must be in [0, 1], got 2"),
         ("data.overflow=cut", "data.overflow must be one of drop, truncate_prompt, truncate, error, got 'cut'"),
         ("data.on_bad_row=skp", "data.on_bad_row must be one of error, skip, got 'skp'. Did you mean 'skip'?"),
-        ("data.allow=[answer_lots]", "data.allow: there is no check 'answer_lots' (no_supervised_token, "),
+        ("data.allow=[answer_lots]", "data.allow: there is no check 'answer_lots' (end_masked, "),
+        (
+            "data.allow=[no_supervised_token]",
+            "data.allow: no_supervised_token cannot be allowed, since there is nothing",
+        ),
+        ("data.allow=end_masked", "data.allow must be a list: data.allow=[A,B]"),
         ("data.path=[3]", "data.path: a source is a path or a mapping with a path, got 3"),
         ("data.path=[gone.jsonl]", "data.path: no file or folder 'gone.jsonl'"),
         (

@@ -294,9 +294,7 @@ def test_a_weighted_stream_holds_out_each_row_once_and_calls_no_row_a_duplicate_
     assert len(set(data.train_sequences.keys.tolist())) < len(data.train_sequences) and not len(data.duplicates())
 
 
-def test_a_weighted_source_without_a_row_to_train_is_refused_before_anything_is_loaded(
-    tmp_path: Path, tokenizer
-) -> None:
+def test_a_weighted_source_without_a_row_to_train_is_refused_at_once(tmp_path: Path, tokenizer) -> None:
     rows = questions(6)
     paths = [write(tmp_path / f"{i}.jsonl", row) for i, row in enumerate(rows)]
     with pytest.raises(InputError, match="source [1-6] of 6 has a weight, and no row of it is left .* data.eval_path"):

@@ -162,8 +162,7 @@ def check_sequences(
         return [
             Refusal(
                 "no_supervised_token",
-                f"none of the {examples:,} examples has a token to train {within}, or look at the rows with "
-                "`python -m lorafit.audit`",
+                f"none of the {examples:,} examples has a token to train {within}",
             )
         ]
     found = []

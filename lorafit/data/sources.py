@@ -236,7 +236,9 @@ def _read_file(file: Path) -> Iterator[Row]:
 def _near_file(path: Path) -> str:
     """A hint for a file or folder that is not there."""
     beside = [found.name for found in path.parent.glob("*")] if os.path.isdir(path.parent) else []
-    return did_you_mean(path.name, (name for name in beside if name.startswith(".") == path.name.startswith(".")))
+    seen = [name for name in beside if name.startswith(".") == path.name.startswith(".")]
+    same = next((name for name in seen if Path(name).stem == path.name), None)
+    return f" Did you mean {same!r}?" if same is not None else did_you_mean(path.name, seen)
 
 
 def _opened(file: Path, rows: Iterator[Row]) -> Iterator[Row]:
