@@ -296,12 +296,14 @@ def _check_values(config: Config) -> Iterable[str]:
         yield f"data.eval_fraction must be in (0, 1), got {data.eval_fraction!r}"
     if not 0 <= data.max_lost <= 1:
         yield f"data.max_lost must be in [0, 1], got {data.max_lost!r}"
-    for name in data.allow:
+    if isinstance(data.allow, str):
+        yield f"data.allow must be a list: data.allow=[{data.allow}]"
+    for name in data.allow if isinstance(data.allow, list) else ():
         if name == "no_supervised_token":
             yield "data.allow: no_supervised_token cannot be allowed, since there is nothing to train"
         elif name not in _CHECKS:
-            known = _CHECKS[1:]
-            yield f"data.allow: there is no check {name!r} ({', '.join(known)}){near_names(name, known)}"
+            checks = _CHECKS[1:]
+            yield f"data.allow: there is no check {name!r} ({', '.join(checks)}){near_names(name, checks)}"
     yield from _check_columns("data.columns", data.columns)
     for key in ("path", "eval_path"):
         for entry in _entries(getattr(data, key)):
