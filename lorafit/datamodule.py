@@ -267,9 +267,10 @@ class FinetuneDataModule(L.LightningDataModule):
     def duplicates(self) -> np.ndarray:
         """The numbers of the training examples that repeat an earlier one, of another row."""
         train = self.train_sequences
-        # in a stream with weights a row may come twice
-        _, rows = np.unique(np.stack((train.origin, train.number)), axis=1, return_index=True)
-        rows.sort()
+        rows = np.arange(len(train))
+        if self.streaming:  # with weights a row may come twice
+            _, rows = np.unique(np.stack((train.origin, train.number)), axis=1, return_index=True)
+            rows.sort()
         _, first = np.unique(train.keys[rows], return_index=True)
         return np.delete(rows, first)
 

@@ -261,7 +261,9 @@ def _read(
         checked[number] += 1
         sampled = checked[number] <= _CHECKED_FIRST or checked[number] % _CHECKED_THEN == 0
         if sampled or not encoded.as_written:
-            report.faults += [fault for fault in [check_labels(encoder, example, encoded)] if fault]
+            fault = check_labels(encoder, example, encoded)
+            if fault is not None and fault.check not in {known.check for known in report.faults}:
+                report.faults.append(fault)
         position = example.position() if eval_sources is None else 1.0
         if position < eval_fraction:
             if eval_limit is not None and len(held_out) >= eval_limit:

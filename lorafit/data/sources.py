@@ -464,9 +464,14 @@ def _hub(source: Source, split: str, streaming: bool) -> Iterator[Row]:
         source.path,
         lambda datasets: datasets.load_dataset(source.path, source.subset, split=split, streaming=streaming),
     )
+    some = False
     try:
-        yield from rows
+        for row in rows:
+            some = True
+            yield row
     except InputError as error:
+        if some:
+            raise
         hint = _near_file(local_path(source.path))
         raise InputError(f"{error}. Nor is there a file or folder of this name.{hint}") from error
 
