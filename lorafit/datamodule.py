@@ -32,7 +32,6 @@ from lorafit.data import (
 from lorafit.data.checks import (
     NEVER_ALLOWED,
     Refusal,
-    check_labels,
     check_sequences,
     check_template,
     one_of_each,
@@ -215,17 +214,9 @@ class FinetuneDataModule(L.LightningDataModule):
         self.eval_sequences = built.sequences()
         stream = self._stream_loader(1)
         first = list(itertools.islice(stream.rows(0), self.window))
-        window = stream.read(first)
+        window = stream.read(first, check=True)
         self.train_sequences, self.report = window.sequences, window.report
         self.report.held_out(pipeline.report)
-        self.report.formats = [source.format for source in stream.sources]
-        check = Pipeline(stream.sources, self.encoder, on_bad_row=self.on_bad_row)
-        for index, (_, example, encoded) in enumerate(check.encode(first)):
-            if index % max(1, len(first) // 128) == 0 and (fault := check_labels(self.encoder, example, encoded)):
-                self.report.faults.append(fault)
-            if example.position() >= stream.eval_fraction:
-                self.report.lengths.append(len(encoded.ids))
-        self.report.unused = check.finish().unused
         if not len(self.train_sequences) and not self.report.lost + self.report.untrained:
             raise InputError(f"the first {len(first)} rows of {pipeline.describe()} give nothing to train")
 

@@ -296,9 +296,7 @@ def _check_values(config: Config) -> Iterable[str]:
         yield f"data.eval_fraction must be in (0, 1), got {data.eval_fraction!r}"
     if not 0 <= data.max_lost <= 1:
         yield f"data.max_lost must be in [0, 1], got {data.max_lost!r}"
-    if isinstance(data.allow, str):
-        yield f"data.allow must be a list: data.allow=[{data.allow}]"
-    for name in data.allow if isinstance(data.allow, list) else ():
+    for name in data.allow:
         if name == "no_supervised_token":
             yield "data.allow: no_supervised_token cannot be allowed, since there is nothing to train"
         elif name not in _CHECKS:

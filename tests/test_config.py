@@ -268,6 +268,7 @@ def test_a_home_directory_is_understood(tmp_path: Path, monkeypatch: pytest.Monk
         ("rank=4,8", "'rank=4,8' lists several values: add -m to run a job for each (a list is written in brackets)"),
         ("quant=nf4,none", "'quant=nf4,none' lists several values: add -m to run a job for each"),
         ("rank", "cannot read the override 'rank': an override is key=value"),
+        ("data.allow=end_masked", "data.allow must be a list: data.allow=[A,B]"),
         (
             "data.path=a=b",
             "cannot read the override 'data.path=a=b': "
@@ -340,7 +341,6 @@ def test_a_wrong_command_gets_one_line_with_the_nearest_right_one(overrides: str
             "data.allow=[no_supervised_token]",
             "data.allow: no_supervised_token cannot be allowed, since there is nothing",
         ),
-        ("data.allow=end_masked", "data.allow must be a list: data.allow=["),
         ("data.path=[3]", "data.path: a source is a path or a mapping with a path, got 3"),
         ("data.path=[gone.jsonl]", "data.path: no file or folder 'gone.jsonl'"),
         (

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chats import QWEN3, chat_tokenizer
 from tokenizers import AddedToken
 
 from lorafit.data import IGNORE, Encoder, ResumableLoader, StreamLoader, load_tokenizer
@@ -305,3 +306,15 @@ def test_no_example_that_is_shown_is_held_out(tmp_path: Path, tokenizer) -> None
     data = ready(write(tmp_path / "a.jsonl", *questions(5)), tokenizer=tokenizer, eval_fraction=1e-9)
     shown = [example.where for example in data.first_examples()]
     assert len(shown) == len(data.train_sequences) == 4 and data.eval_examples[0].where not in shown
+
+
+def test_an_answer_that_the_template_rewrites_is_found_in_a_stream_wherever_it_stands(tmp_path: Path) -> None:
+    def talk(index: int) -> dict[str, Any]:
+        first = "<think>\nold\n</think>\n\nA" if index == 391 else "A"
+        said = (f"Q{index}", first, "R", "B")
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]}
+
+    path = write(tmp_path / "a.jsonl", *(talk(index) for index in range(400)))
+    data = ready(path, tokenizer=chat_tokenizer(QWEN3), streaming=True, eval_limit=4)
+    [refusal] = data.refusals()
+    assert refusal.check == "answer_masked" and ":392:" in refusal.message

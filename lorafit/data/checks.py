@@ -159,12 +159,7 @@ def check_sequences(
             within = f"within data.max_length={encoder.max_length}: raise it"
         else:
             within = f"under data.train_on={encoder.train_on}: its answers have weight 0, or it is one token long"
-        return [
-            Refusal(
-                "no_supervised_token",
-                f"none of the {examples:,} examples has a token to train {within}",
-            )
-        ]
+        return [Refusal("no_supervised_token", f"none of the {examples:,} examples has a token to train {within}")]
     found = []
     share = lost / examples if examples else 0.0
     if share > max_lost:

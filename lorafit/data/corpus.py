@@ -90,6 +90,11 @@ class Report:
         self.bad_rows = [*self.bad_rows, *other.bad_rows][:_LISTED]
         self.faults = [*self.faults, *other.faults][:_LISTED]
 
+    def blame(self, fault: Refusal | None) -> None:
+        """Keep a fault, the first of its kind."""
+        if fault is not None and fault.check not in {known.check for known in self.faults}:
+            self.faults.append(fault)
+
     def held_out(self, other: Report) -> None:
         """Take over what became of the rows to measure on."""
         self.eval_dropped += other.dropped + other.untrained
@@ -261,17 +266,14 @@ def _read(
         checked[number] += 1
         sampled = checked[number] <= _CHECKED_FIRST or checked[number] % _CHECKED_THEN == 0
         if sampled or not encoded.as_written:
-            fault = check_labels(encoder, example, encoded)
-            if fault is not None and fault.check not in {known.check for known in report.faults}:
-                report.faults.append(fault)
+            report.blame(check_labels(encoder, example, encoded))
         position = example.position() if eval_sources is None else 1.0
         if position < eval_fraction:
             if eval_limit is not None and len(held_out) >= eval_limit:
                 report.eval_unused += 1
-            else:
-                if (kept := pipeline.fit(example, encoded, others)) is not None:
-                    held_out.add(kept, example.key(), example.where)
-                    examples.append(example)
+            elif (kept := pipeline.fit(example, encoded, others)) is not None:
+                held_out.add(kept, example.key(), example.where)
+                examples.append(example)
             continue
         report.lengths.append(len(encoded.ids))
         if (kept := pipeline.fit(example, encoded)) is not None:

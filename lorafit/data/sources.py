@@ -156,7 +156,7 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     A file is held out when a word of its name says so (validation, dev, test, …); validation goes before test.
     For split "test" a folder without such files gives all of its files; raises InputError where there is none at all.
     """
-    files = _data_files(folder)
+    files = [path for path in _files(folder) if path.suffix.lower() in SUFFIXES]
     if not files:
         raise InputError(f"data folder {str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}")
     ranks = {path: _held_out_rank(path.relative_to(folder)) for path in files}
@@ -175,39 +175,34 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def _data_files(folder: Path) -> list[Path]:
-    return [path for path in _files(folder) if path.suffix.lower() in SUFFIXES]
+def _names(path: str) -> list[Path]:
+    """The names of the files of a source that is a folder of files."""
+    folder = local_path(path)
+    if not os.path.isdir(folder) or is_saved(folder):
+        return []
+    return [file.relative_to(folder) for file in _files(folder)]
 
 
 def files_not_read(path: str) -> list[str]:
     """The names of a source's files that are of no kind that is read, where the source is a folder."""
-    folder = local_path(path)
-    if not os.path.isdir(folder) or is_saved(folder):
-        return []
-    names = (file.relative_to(folder) for file in _files(folder))
-    return [str(name) for name in names if name.suffix.lower() not in (*SUFFIXES, ".md", "")]
+    return [str(name) for name in _names(path) if name.suffix.lower() not in (*SUFFIXES, ".md", "")]
 
 
 def held_out_files(path: str) -> list[str]:
     """The names of those of a source's files that are not trained for what they are called, where it is a folder."""
-    folder = local_path(path)
-    if not os.path.isdir(folder) or is_saved(folder):
-        return []
-    names = (file.relative_to(folder) for file in _data_files(folder))
-    return [str(name) for name in names if _held_out_rank(name) is not None]
+    found = (name for name in _names(path) if name.suffix.lower() in SUFFIXES)
+    return [str(name) for name in found if _held_out_rank(name) is not None]
 
 
 def has_held_out_files(path: str) -> bool:
     """Whether a source is a folder with files of its own to measure on."""
     folder = local_path(path)
-    if not os.path.isdir(folder):
-        return False
     if is_saved(folder):
         splits = folder / "dataset_dict.json"
         found = _parse(splits.read_bytes()) if splits.is_file() else None
         names = found.get("splits") if isinstance(found, dict) else None
         return isinstance(names, list) and bool(_held_out_split(names))
-    return any(_held_out_rank(file.relative_to(folder)) is not None for file in folder_files(folder, "test"))
+    return bool(held_out_files(path))
 
 
 def _held_out_rank(name: Path) -> int | None:

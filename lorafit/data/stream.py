@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lorafit.data.checks import require_vocabulary
+from lorafit.data.checks import check_labels, require_vocabulary
 from lorafit.data.corpus import Pipeline, Report
 from lorafit.data.formats import Formatter
 from lorafit.data.loader import Batch, ResumableLoader
@@ -117,18 +117,23 @@ class StreamLoader:
         """The rows of an epoch as they are found."""
         return draw_rows(self.sources, self.split, streaming=True, seed=self.seed + epoch, limit=self.limit)
 
-    def read(self, rows: list[tuple[int, Row]]) -> Window:
-        """The examples of a window of rows, held-out ones left out."""
+    def read(self, rows: list[tuple[int, Row]], *, check: bool = False) -> Window:
+        """The examples of a window of rows, held-out ones left out. check: look at the labels of about 128 of them, and
+        of those whose text is not as it was written, and note how long they are."""
         pipeline, built = Pipeline(self.sources, self.encoder, on_bad_row=self.on_bad_row), Builder()
-        for _, example, encoded in pipeline.encode(rows):
+        for index, (_, example, encoded) in enumerate(pipeline.encode(rows)):
+            if check and (index % max(1, len(rows) // 128) == 0 or not encoded.as_written):
+                pipeline.report.blame(check_labels(self.encoder, example, encoded))
             if self.eval_fraction and example.position() < self.eval_fraction:
                 continue
+            if check:
+                pipeline.report.lengths.append(len(encoded.ids))
             if (kept := pipeline.fit(example, encoded)) is not None:
                 built.add(kept, example.key(), example.where)
         found = built.sequences()
         if self.vocabulary is not None:
             require_vocabulary(found, self.vocabulary, self.encoder)
-        return Window(found, pipeline.report)
+        return Window(found, pipeline.finish())
 
     def window_loader(self, sequences: Sequences, window: int) -> ResumableLoader:
         """The batches of a window: `batches(epoch)` gives their rows."""
