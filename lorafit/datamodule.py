@@ -218,7 +218,9 @@ class FinetuneDataModule(L.LightningDataModule):
         self.train_sequences, self.report = window.sequences, window.report
         self.report.held_out(pipeline.report)
         if not len(self.train_sequences) and not self.report.lost + self.report.untrained:
-            raise InputError(f"the first {len(first)} rows of {pipeline.describe()} give nothing to train")
+            bad = f"; the first that is bad: {self.report.bad_rows[0]}" if self.report.bad_rows else ""
+            names = ", ".join(repr(source.path) for source in self.sources)
+            raise InputError(f"the first {len(first)} rows of {names} give nothing to train{bad}")
 
     # ---------------------------------------------------------------------------------------------- proof
 

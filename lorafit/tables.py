@@ -143,8 +143,8 @@ def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> li
     if report.eval_dropped or report.eval_truncated:
         total = numbers["eval_examples"] + report.eval_dropped
         notes.append(
-            f"of {total:,} held-out examples {report.eval_dropped:,} are dropped and {report.eval_truncated:,} cut: "
-            "what is measured is the rest"
+            f"of {total:,} held-out examples {report.eval_dropped:,} are dropped and {report.eval_truncated:,} cut"
+            + (": what is measured is the rest" if report.eval_dropped else "")
         )
     if report.marked:
         notes.append(
@@ -166,8 +166,11 @@ def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> li
             "whoever generates has to stop at it"
         )
     if packing is not None:
-        rows = f"{numbers['packed_rows']:,} rows; " if numbers["packed_rows"] else ""
-        notes.append(f"packed in {rows or 'one row a batch; '}{packing.sentence()}")
+        if data.padding_free:
+            rows = "one row a batch"
+        else:
+            rows = "rows" if data.streaming else f"{numbers['packed_rows']:,} rows"
+        notes.append(f"packed in {rows}; {packing.sentence()}")
     return notes
 
 

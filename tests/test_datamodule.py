@@ -302,6 +302,13 @@ def test_a_weighted_source_without_a_row_to_train_is_refused_at_once(tmp_path: P
         ready([{"path": path, "weight": 1} for path in paths], tokenizer=tokenizer, eval_fraction=1e-9)
 
 
+def test_a_stream_of_bad_rows_names_the_file_that_holds_them(tmp_path: Path, tokenizer) -> None:
+    bad = write(tmp_path / "bad.jsonl", *([{"prompt": "p", "completion": None}] * 20))
+    good = write(tmp_path / "good.jsonl", *questions(20))
+    with pytest.raises(InputError, match="rows of '[^']*bad.jsonl' give nothing to train; .* bad: [^ ]*bad.jsonl:1: "):
+        ready(bad, tokenizer=tokenizer, eval_path=good, streaming=True, eval_limit=4, on_bad_row="skip")
+
+
 def test_no_example_that_is_shown_is_held_out(tmp_path: Path, tokenizer) -> None:
     data = ready(write(tmp_path / "a.jsonl", *questions(5)), tokenizer=tokenizer, eval_fraction=1e-9)
     shown = [example.where for example in data.first_examples()]
