@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.build import build_data, build_skeleton, load_module, open_logger, prove_packing
+from lorafit.build import build_data, build_skeleton, load_module, open_logger, prove_packing, require_no_adapter
 from lorafit.config import Config, start
 from lorafit.errors import InputError
 
@@ -43,6 +43,7 @@ def run(config: Config, folder: Path) -> None:
 
     quiet_libraries()
     terminal = console()
+    require_no_adapter(config)
     data = build_data(config)
     data.setup()
     refusals = [dataclasses.asdict(refusal) for refusal in data.refusals()]
@@ -136,7 +137,16 @@ def look_at_model(config: Config, data: FinetuneDataModule) -> tuple[dict[str, A
         data.check_vocabulary(model.get_input_embeddings().num_embeddings)
     except InputError as error:
         problems.append({"check": "vocabulary", "message": str(error)})
-    inject_lora(model, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules)
+    inject_lora(
+        model,
+        rank=config.rank,
+        alpha=config.alpha,
+        target_modules=config.target_modules,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+    )
     wrapped = set(lora_layers(model))
     kinds: dict[str, Any] = {}
     for name in names:

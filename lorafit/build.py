@@ -82,12 +82,9 @@ def build_data(config: Config) -> FinetuneDataModule:
 
 def build_module(config: Config) -> FinetuneModule:
     """The module that a configuration asks for; nothing is loaded yet."""
-    import torch
-
     from lorafit.module import FinetuneModule
 
     optimizer = dict(config.optimizer)
-    on_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return FinetuneModule(
         config.model.name,
         rank=config.rank,
@@ -95,10 +92,14 @@ def build_module(config: Config) -> FinetuneModule:
         target_modules=config.target_modules,
         dropout=config.dropout,
         variant=config.variant,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+        adapter_dtype=config.adapter_dtype,
         quant=to_dict(config)["quant"],
         dtype=config.model.dtype,
-        # each process loads onto its own device
-        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_cuda else "cpu",
+        device=device_name(config),
         init=config.model.init,
         attention=config.model.attention,
         checkpointing=config.model.checkpointing,
@@ -111,6 +112,73 @@ def build_module(config: Config) -> FinetuneModule:
         gradient_clip_val=config.trainer.gradient_clip_val,
         seed=config.seed,
     )
+
+
+def device_name(config: Config) -> str:
+    """Where a model is loaded to; each process has its own device."""
+    import torch
+
+    on_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_cuda else "cpu"
+
+
+def require_no_adapter(config: Config) -> None:
+    """Raise InputError where a program that makes an adapter is given one."""
+    if config.adapter is not None:
+        raise InputError("adapter: belongs to merge, evaluate, generate and ranks; a run is gone on with by resume=RUN")
+
+
+def adapter_folders(config: Config) -> dict[str, Path]:
+    """The adapters that the command names, by name: their own, or that of their folder."""
+    from lorafit.adapter import find_adapter
+
+    given = config.adapter
+    if given is None:
+        raise InputError("adapter is not set: give adapter=DIR, the folder of an adapter (RUN/adapter)")
+    if isinstance(given, dict):
+        return {str(name): find_adapter(os.path.expanduser(folder)) for name, folder in given.items()}
+    folders: dict[str, Path] = {}
+    for entry in given if isinstance(given, list) else [given]:
+        path = Path(entry)
+        # every run calls its adapter's folder "adapter": then the run's name says more
+        name = path.parent.name if path.name == "adapter" and path.parent.name else path.name
+        if name in folders:
+            name = entry
+        if name in folders:
+            raise InputError(f"adapter: {entry!r} is given twice")
+        folders[name] = find_adapter(os.path.expanduser(entry))
+    return folders
+
+
+def load_base(config: Config) -> Any:
+    """The base model that the configuration says, with nothing over it."""
+    import torch
+
+    from lorafit.quant import load_base_model
+
+    require_accelerator(config.trainer.accelerator)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # as a run does: model.init=random gives the same weights
+        return load_base_model(
+            config.model.name,
+            quant=to_dict(config)["quant"],
+            dtype=config.model.dtype,
+            device=device_name(config),
+            init=config.model.init,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
+        )
+
+
+def load_adapted(config: Config) -> Any:
+    """The base model with the first of the command's adapters over it, in evaluation mode."""
+    from lorafit.adapter import load_adapter
+
+    folder = next(iter(adapter_folders(config).values()))
+    model = load_base(config)
+    load_adapter(model, folder, allow_other_base=config.allow_other_base)
+    return model.eval()
 
 
 def load_module(config: Config) -> FinetuneModule:

@@ -40,7 +40,7 @@ from lorafit.errors import InputError, LorafitError, Stopped
 from lorafit.explain import explain, one_line, unknown_key
 from lorafit.schema import CONF, Config, check, config_sha256, is_number, to_dict
 
-__all__ = ["CONF", "Config", "check", "compose", "config_sha256", "start", "to_dict"]
+__all__ = ["CONF", "Config", "check", "compose", "config_sha256", "settings_to_record", "start", "to_dict"]
 
 _VERSION_BASE = "1.3"
 _failures = logging.getLogger("lorafit.failure")  # goes to the log file alone, see conf/train.yaml
@@ -107,7 +107,7 @@ def compose(overrides: Iterable[str] = ()) -> Config:
     arguments = _prepare(list(overrides))
     try:
         with hydra.initialize_config_dir(str(CONF), version_base=_VERSION_BASE):
-            config = _typed(hydra.compose("train", arguments))
+            config = _typed(hydra.compose("train", arguments), arguments)
     except LorafitError:
         raise
     except Exception as error:
@@ -116,10 +116,12 @@ def compose(overrides: Iterable[str] = ()) -> Config:
     return config
 
 
-def _typed(values: DictConfig) -> Config:
+def _typed(values: DictConfig, overrides: Sequence[str]) -> Config:
     """Our dataclasses. A merge into a fresh schema refuses the keys that `+` brought past Hydra."""
     try:
-        plain = OmegaConf.to_container(values)
+        plain: Any = OmegaConf.to_container(values)
+        if plain.get("adapter"):
+            _take_over(plain, {text.lstrip("+~").partition("=")[0] for text in overrides})
         typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
         if missing := sorted(OmegaConf.missing_keys(typed)):
             raise InputError("\n".join(f"{key} is not set: give {key}=VALUE" for key in missing))
@@ -131,6 +133,9 @@ def _typed(values: DictConfig) -> Config:
     assert isinstance(config, Config)
     for node, key in (
         (config, "resume"),
+        (config, "out"),
+        (config.merge, "unmerge"),
+        (config.generate, "prompts"),
         (config.model, "name"),
         (config.task, "retention_path"),
     ):
@@ -139,6 +144,54 @@ def _typed(values: DictConfig) -> Config:
     for key in ("path", "eval_path"):
         setattr(config.data, key, _expanded(getattr(config.data, key)))
     return config
+
+
+# What the file of an adapter may say of the base and the data; running its code is not among it.
+_RECORDED = {
+    "model": ("name", "revision", "init", "dtype"),
+    "data": (
+        *("path", "subset", "split", "eval_path", "eval_split", "eval_fraction", "format", "columns", "on_bad_row"),
+        *("template", "system", "max_length", "overflow", "max_lost", "train_on", "limit", "allow"),
+        *("batch_size", "eval_batch_size"),
+    ),
+    "task": ("eval_examples", "generate_examples", "samples", "max_new_tokens", "retention_path"),
+}
+
+
+def settings_to_record(config: Config) -> dict[str, Any]:
+    """What an adapter should remember of the run that made it, so that `adapter=DIR` alone says base and data."""
+    values = to_dict(config)
+    settings = {section: {key: values[section][key] for key in keys} for section, keys in _RECORDED.items()}
+    return settings | {"quant": values["quant"], "seed": config.seed}
+
+
+def _take_over(plain: dict[str, Any], given: set[str]) -> None:
+    """Put what the (first) adapter recorded of its base and its data where the command says nothing else."""
+    from lorafit.adapter import find_adapter, read_config, read_record
+
+    entry = plain["adapter"]
+    first = next(iter(entry.values())) if isinstance(entry, dict) else entry[0] if isinstance(entry, list) else entry
+    if not isinstance(first, str):
+        return  # for `check` to name
+    folder = find_adapter(os.path.expanduser(first))
+    settings = read_record(folder).get("settings") or {}
+    for section, keys in _RECORDED.items():
+        recorded = settings.get(section) or {}
+        for key in keys:
+            if key in recorded and not given & {section, f"{section}.{key}"}:
+                plain[section][key] = recorded[key]
+    if not given & {"model", "model.name"}:
+        name = (settings.get("model") or {}).get("name") or read_config(folder).base_model
+        if not name:
+            raise InputError(f"adapter {first!r} names no base model: give model.name=NAME")
+        plain["model"]["name"] = name
+    if not any(key.partition(".")[0] == "quant" for key in given) and "quant" in settings:
+        plain["quant"] = settings["quant"]
+    if "seed" not in given and "seed" in settings:
+        plain["seed"] = settings["seed"]
+    for key in ("rank", "alpha"):
+        if key not in given and f"lora/{key}" not in given:
+            plain[key] = None
 
 
 def _expanded(value: Any) -> Any:
@@ -210,7 +263,7 @@ class _Jobs:
         if sweeping:
             print(f"\njob {job.job.num}: {folder.name}  ->  {folder}", flush=True)
         try:
-            config = _typed(values)
+            config = _typed(values, job.overrides.task)
             check(config)
             if job.output_subdir is not None:
                 resolved = folder / job.output_subdir / "resolved.yaml"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LorafitError(Exception):
@@ -66,6 +67,12 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A sentence to end a message with: ``" Did you mean 'nf4'?"``, or nothing when no name is near."""
     found = nearest(word, choices)
     return f" Did you mean {' or '.join(repr(name) for name in found)}?" if found else ""
+
+
+def near_path(name: str) -> str:
+    """`did_you_mean` for a path that is not there, among those that lie beside it."""
+    folder = Path(name).expanduser().parent
+    return did_you_mean(name, (str(path) for path in folder.iterdir())) if folder.is_dir() else ""
 
 
 def reason(error: BaseException) -> str:

@@ -67,7 +67,7 @@ class FinetuneModule(L.LightningModule):
     """A language model with LoRA layers, trained on the supervised tokens of its batches.
 
     model: a hub id, a folder, "embedded", or a model in memory (then quant, dtype, init and the like have no say).
-    rank, alpha, target_modules, dropout, variant: see `inject_lora`. quant, dtype, device, init, attention: see
+    rank, alpha and what else says which layers learn how: see `inject_lora`. quant, dtype, device, init, attention: see
     `load_base_model`. checkpointing: "full" recomputes each block in the backward pass.
     optimizer: a dotted path, with its keyword arguments beside it (at least `lr`). warmup: a number of steps, or a
     fraction of all steps. gradient_clip_val: the largest norm of the whole gradient, or None.
@@ -83,6 +83,11 @@ class FinetuneModule(L.LightningModule):
         target_modules: str | Sequence[str] = "all_linear",
         dropout: float = 0.0,
         variant: str = "lora",
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        bias: str = "none",
+        modules_to_save: Sequence[str] = (),
+        adapter_dtype: str = "float32",
         quant: Mapping[str, Any] | str | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -150,6 +155,11 @@ class FinetuneModule(L.LightningModule):
                 target_modules=h.target_modules,
                 dropout=h.dropout,
                 variant=h.variant,
+                rank_pattern=h.rank_pattern,
+                alpha_pattern=h.alpha_pattern,
+                bias=h.bias,
+                modules_to_save=h.modules_to_save,
+                adapter_dtype=h.adapter_dtype,
             )
         mark_only_lora_as_trainable(model)
         if h.checkpointing == "full":
@@ -202,7 +212,7 @@ class FinetuneModule(L.LightningModule):
     # ---------------------------------------------------------------------------------------------- the optimizer
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """A and B of every layer."""
+        """A and B of every layer, and what else of the adapter is trained."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def configure_optimizers(self) -> Any:

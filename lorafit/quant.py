@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.embedded import MODEL as EMBEDDED_MODEL
 from lorafit.errors import InputError, did_you_mean, reason
+from lorafit.fingerprint import fingerprint_of
 
 # On an AVX512-BF16 CPU every import of bitsandbytes reports a download that it would like to make.
 # And its 8-bit layer says at every call that it casts its input to float16.
@@ -111,10 +112,12 @@ class Quantization:
 
 @dataclass
 class BaseReport:
-    """What loading did: which linear layers were quantized, and which stayed in 16 bits and why."""
+    """What loading did: which linear layers were quantized, and which stayed in 16 bits and why. fingerprint: of the
+    parameters before they were quantized (see fingerprint.py); None where there are none, on the meta device."""
 
     name: str
     quant: Quantization | None
+    fingerprint: str | None = None
     quantized: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
@@ -455,6 +458,8 @@ def load_base_model(
             raise InputError(f"model.init must be pretrained or random, got {init!r}")
     model.requires_grad_(False)
     report = BaseReport(name=str(name), quant=quant)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        report.fingerprint = fingerprint_of(model.named_parameters())
     if prequantized:
         _note_quantized(model, report)
     if quant is not None:
@@ -505,3 +510,61 @@ def _input_errors(name: str) -> Iterator[None]:
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json: it is no model folder") from error
         raise InputError(f"model {name!r} cannot be loaded: {reason(error)}") from error
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def quantize_as_read(
+    model: nn.Module, quant: Quantization, read: Callable[[str], Tensor], report: BaseReport
+) -> None:
+    """`quantize_model` on the CPU for a model on the meta device: each layer is quantized as `read(name)` gives its
+    parameters, so that the 16-bit weights are never together in memory. What is not quantized stays on meta."""
+    head = head_names(model)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    done: dict[int, tuple[nn.Module, BaseReport]] = {}
+    for name, linear in linear_layers(model).items():
+        if name in head:
+            report.left[name] = "output head"
+        elif id(linear.weight) in embeddings:
+            report.left[name] = "shares its weight with an embedding"
+        else:
+            if id(linear) not in done:
+                filled = copy.copy(linear)
+                filled._parameters = {
+                    leaf: None if parameter is None else nn.Parameter(read(f"{name}.{leaf}"), requires_grad=False)
+                    for leaf, parameter in linear._parameters.items()
+                }
+                one, noted = nn.ModuleDict({"layer": filled}), BaseReport(report.name, quant)
+                quantize_model(one, quant, torch.device("cpu"), noted)
+                done[id(linear)] = (one["layer"], noted)
+            layer, noted = done[id(linear)]
+            if noted.quantized:
+                model.set_submodule(name, layer)
+                report.quantized.append(name)
+            else:
+                report.left[name] = noted.left["layer"]
+
+
+def requantize(linear: nn.Module, weight: Tensor, quant: Quantization) -> nn.Module:
+    """A quantized layer like `linear`, by the recipe `quant`, holding weight [out, in] instead of its own."""
+    plain = plain_layer(linear, weight.to(plain_dtype(linear)))
+    layer = _quantize_linear(plain, quant, linear.weight.device)  # type: ignore[arg-type]
+    assert layer is not None, "bitsandbytes holds this shape already"
+    return layer
+
+
+def transformers_quantization(quant: Quantization, skip: list[str]) -> dict[str, Any]:
+    """The quantization_config of config.json under which transformers reads weights packed by `quant`; skip: the
+    linear layers that are not packed."""
+    options: dict[str, Any] = {"llm_int8_skip_modules": skip}
+    if quant.type == "int8":
+        options |= {"load_in_8bit": True, "llm_int8_threshold": INT8_OUTLIER_THRESHOLD}
+    else:
+        options |= {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quant.type,
+            "bnb_4bit_use_double_quant": quant.double_quant,
+            "bnb_4bit_compute_dtype": quant.compute_dtype,
+        }
+    return BitsAndBytesConfig(**options).to_dict()

@@ -129,6 +129,38 @@ class Audit:
 
 
 @dataclass
+class Save:
+    dtype: str = MISSING
+
+
+@dataclass
+class Merge:
+    candidate: str = MISSING
+    max_shard_size: str = MISSING
+    unmerge: str | None = MISSING
+    undo: bool = MISSING
+
+
+@dataclass
+class Generate:
+    prompts: str | None = MISSING
+    chat: bool = MISSING
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    top_p: float = MISSING
+    batch_size: int = MISSING
+    base: bool = MISSING
+    system: str | None = MISSING
+
+
+@dataclass
+class Combine:
+    method: str | None = MISSING
+    weights: Any = MISSING  # None or a list of numbers
+    rank: int | None = MISSING
+
+
+@dataclass
 class Config:
     """What a run is. `Any` marks a value that `check` judges better than a type could."""
 
@@ -137,8 +169,19 @@ class Config:
     target_modules: Any = MISSING  # a str or a list of str
     dropout: float = MISSING
     variant: str = MISSING
+    rank_pattern: dict[str, Any] = MISSING
+    alpha_pattern: dict[str, Any] = MISSING
+    bias: str = MISSING
+    modules_to_save: list[str] = MISSING
+    adapter_dtype: str = MISSING
     seed: int = MISSING
     resume: str | None = MISSING
+    adapter: Any = MISSING  # None, a str, a list of str, or a dict of name: str
+    out: str | None = MISSING
+    prompt: str | None = MISSING
+    max_kl: float = MISSING
+    energy: float | None = MISSING
+    allow_other_base: bool = MISSING
     quant: Quant | None = MISSING
     model: Model = MISSING
     task: Task = MISSING
@@ -149,6 +192,10 @@ class Config:
     callbacks: Callbacks = MISSING
     logger: Logger | None = MISSING
     audit: Audit = MISSING
+    save: Save = MISSING
+    merge: Merge = MISSING
+    generate: Generate = MISSING
+    combine: Combine = MISSING
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -157,9 +204,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_sha256(config: Config) -> str:
-    """Equal for two runs of the same settings; where one started from (`resume`) and what is shown of it (`audit`)
-    do not count."""
-    values = {key: value for key, value in to_dict(config).items() if key not in ("resume", "audit")}
+    """Equal for two runs of the same settings; where one started from (`resume`), what is shown of it (`audit`) and
+    what is done with an adapter later do not count."""
+    later = ("adapter", "out", "prompt", "max_kl", "energy", "allow_other_base", "merge", "generate", "combine")
+    values = {key: value for key, value in to_dict(config).items() if key not in ("resume", "audit", *later)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -180,6 +228,11 @@ _OPTIMIZER = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Za-z]\w*")
 
 _CHOICES = {
     "variant": ("lora", "rslora"),
+    "bias": ("none", "all", "lora_only"),
+    "adapter_dtype": ("float32", "int8", "nf4"),
+    "save.dtype": ("float32", "bfloat16", "int8", "nf4"),
+    "merge.candidate": ("auto", "original", "dequantized", "requantized"),
+    "combine.method": ("linear", "cat", "svd"),
     "quant.type": ("nf4", "fp4", "int8"),
     "quant.compute_dtype": ("bfloat16", "float16", "float32"),
     "model.init": ("pretrained", "random"),
@@ -211,6 +264,9 @@ _POSITIVE = (
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_n_steps",
     "callbacks.memory_every_n_steps",
+    "generate.max_new_tokens",
+    "generate.batch_size",
+    "combine.rank",
 )  # where the type allows null, null is fine
 _NOT_NEGATIVE = ("seed", "task.generate_examples", "task.samples", "data.num_workers", "audit.examples")
 
@@ -259,7 +315,8 @@ def _check_values(config: Config) -> Iterable[str]:
             yield f"{key} must be one of {known}, got {value!r}{near_names(value, choices)}"
     for key in _POSITIVE:
         value = _pick(values, key)
-        if not (_is_int(value) and value > 0) and not (value is None and key != "rank"):
+        optional = key != "rank" or config.adapter is not None  # an adapter has its own rank
+        if not (_is_int(value) and value > 0) and not (value is None and optional):
             yield f"{key} must be a positive integer, got {value!r}"
     for key in _NOT_NEGATIVE:
         value = _pick(values, key)
@@ -269,7 +326,8 @@ def _check_values(config: Config) -> Iterable[str]:
     # alpha usually follows rank: a bad rank is said once, not twice
     follows = config.alpha == config.rank or (is_number(config.rank) and config.alpha == 2 * config.rank)
     rank_is_bad = not (_is_int(config.rank) and config.rank > 0)
-    if not _within(config.alpha, 1e-12, float("inf")) and not (follows and rank_is_bad):
+    own = config.alpha is None and config.adapter is not None
+    if not _within(config.alpha, 1e-12, float("inf")) and not (follows and rank_is_bad) and not own:
         yield f"alpha must be a positive number, got {config.alpha!r}"
     names = config.target_modules
     names = [names] if isinstance(names, str) else names
@@ -277,6 +335,13 @@ def _check_values(config: Config) -> Iterable[str]:
         yield (f"target_modules must be all_linear or a list of module names, got {config.target_modules!r}")
     if not _within(config.dropout, 0, 1):
         yield f"dropout must be in [0, 1), got {config.dropout!r}"
+    for name, rank in config.rank_pattern.items():
+        if not (_is_int(rank) and rank > 0):
+            yield f"rank_pattern: the rank of {name!r} must be a positive integer, got {rank!r}"
+    for name, alpha in config.alpha_pattern.items():
+        if not _within(alpha, 1e-12, float("inf")):
+            yield f"alpha_pattern: the alpha of {name!r} must be a positive number, got {alpha!r}"
+    yield from _check_adapter_keys(config)
     if _is_int(config.seed) and config.seed >= 2**32:
         yield f"seed must be below 2**32, got {config.seed}"
 
@@ -343,6 +408,29 @@ def _check_values(config: Config) -> Iterable[str]:
             yield "logger.type csv takes no other keys: choose logger=wandb with them"
 
 
+def _check_adapter_keys(config: Config) -> Iterable[str]:
+    """What the programs that begin with a finished adapter are told."""
+    given = config.adapter
+    folders = list(given.values()) if isinstance(given, dict) else given if isinstance(given, list) else [given]
+    if given is not None and not (folders and all(isinstance(folder, str) and folder for folder in folders)):
+        yield f"adapter must be a folder, a list of folders or {{name: folder}}, got {given!r}"
+    if not _within(config.max_kl, 0, float("inf")):
+        yield f"max_kl must be zero or a positive number, got {config.max_kl!r}"
+    if config.energy is not None and not 0 < config.energy <= 1:
+        yield f"energy must be in (0, 1], got {config.energy!r}"
+    if not re.fullmatch(r"[1-9]\d*\s*(B|KB|MB|GB)", config.merge.max_shard_size):
+        yield f"merge.max_shard_size must be like 5GB or 500MB, got {config.merge.max_shard_size!r}"
+    if not _within(config.generate.temperature, 0, float("inf")):
+        yield f"generate.temperature must be zero or a positive number, got {config.generate.temperature!r}"
+    if not 0 < config.generate.top_p <= 1:
+        yield f"generate.top_p must be in (0, 1], got {config.generate.top_p!r}"
+    weights = config.combine.weights
+    if weights is not None and not (isinstance(weights, list) and weights and all(map(is_number, weights))):
+        yield f"combine.weights must be a list of numbers, got {weights!r}"
+    if isinstance(weights, list) and given is not None and len(weights) != len(folders):
+        yield f"combine.weights must be one number for each adapter: {len(weights)} for {len(folders)}"
+
+
 def _entries(value: Any) -> list[Any]:
     """The sources of `data.path`, which may be one or a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
@@ -382,7 +470,9 @@ def _check_optimizer(optimizer: dict[str, Any]) -> Iterable[str]:
 
 
 def _check_files(config: Config) -> Iterable[str]:
-    for key in ("path", "eval_path"):
+    for key in (
+        ("path", "eval_path") if config.adapter is None else ()
+    ):  # an adapter's data is asked for when it is read
         for entry in _entries(getattr(config.data, key)):
             value = entry.get("path") if isinstance(entry, dict) else entry
             if not isinstance(value, str):

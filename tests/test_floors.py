@@ -14,14 +14,17 @@ import lorafit
 
 PACKAGE = Path(lorafit.__file__).parent
 FLOORS = {
-    0: ("errors", "quant", "data", "embedded"),
+    0: ("errors", "fingerprint", "quant", "rounding", "data", "embedded"),
     1: ("lora", "loss", "fused"),
     2: ("inject",),
-    3: ("adapter", "checkpoint", "memory", "retention", "evaluation", "isolation", "merging"),
+    3: (
+        *("adapter", "checkpoint", "memory", "retention", "evaluation", "isolation"),
+        *("merging", "serving", "combining", "spectrum"),
+    ),
     4: ("module", "datamodule", "trainer"),
     5: ("callbacks",),
     6: (
-        *("train", "build", "config", "explain", "schema", "tables", "audit_page", "__main__"),
+        *("train", "build", "measuring", "config", "explain", "schema", "tables", "audit_page", "__main__"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench"),
     ),
 }

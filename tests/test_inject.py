@@ -195,7 +195,7 @@ def test_the_output_head_can_be_named(tiny_llama: TinyLlama) -> None:
         (["q"], "'q' matches no linear layer"),
         ([r".*\.7\.mlp.*"], "matches no linear layer"),
         (["self_attn"], "'self_attn' is LlamaAttention, no linear layer. Its linear layers are k_proj, o_proj, q_proj"),
-        (["embed_tokens"], "'embed_tokens' is Embedding, no linear layer"),
+        (["norm"], "'norm' is LlamaRMSNorm, no linear layer"),
         (["q_proj("], "neither a name nor a regular expression"),
         ([], "target_modules is empty"),
     ],

@@ -1,0 +1,148 @@
+"""The files of an adapter folder, read as a stranger's: nothing in them is executed, trusted or followed elsewhere.
+
+Weights are safetensors; a pickle is named and left alone. A file that is a link out of its folder is not opened. The
+hash that lorafit.json holds of the weights is checked, so that one flipped bit is noticed.
+
+In 8 or 4 bits the weights lie in a file of another name, since whoever reads only peft's would take the codes for
+the values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lorafit.errors import InputError, near_path, reason
+from lorafit.rounding import (
+    SCALES,
+    Packed,
+    dequantize,
+    from_metadata,
+    from_tensors,
+    quantize,
+    to_metadata,
+    to_tensors,
+)
+
+CONFIG, WEIGHTS, PROVENANCE, CARD = "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md"
+ROUNDED = {"int8": "adapter_model.int8.safetensors", "nf4": "adapter_model.nf4.safetensors"}
+WEIGHT_FILES = (WEIGHTS, *ROUNDED.values())
+_LARGEST_JSON = 32 * 2**20  # bytes; a list of layers and some numbers take far less
+
+
+def find_adapter(name: str) -> Path:
+    """The folder of an adapter: a folder, or one on the hub (org/name), fetched without what is not an adapter.
+
+    Raises InputError where there is none, naming the nearest.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"adapter {name!r} is a file: give the folder that holds it")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"adapter: no folder {name!r}.{near_path(name)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, *WEIGHT_FILES, PROVENANCE]))
+    except Exception as error:  # the hub's errors have no common root
+        raise InputError(f"adapter: no folder {name!r}, and the hub does not give it: {reason(error)}") from error
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of a folder. Raises InputError where it is a link that leads out of it.
+
+    The cache of the hub keeps its files beside its snapshots, as links into `blobs`: those stay in their repository.
+    """
+    path, target = folder / name, (folder / name).resolve()
+    homes = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        homes.append(folder.resolve().parent.parent / "blobs")
+    if not any(target.is_relative_to(home) for home in homes):
+        raise InputError(f"adapter folder {str(folder)!r}: {name} is a link out of the folder, to {str(target)!r}")
+    return path
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """The value of a JSON file of the folder; InputError where it cannot be read."""
+    path = inside(folder, name)
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes are too many for a {name}")
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as JSON: {reason(error)}") from error
+
+
+def weights_file(folder: Path) -> Path:
+    """The one file of weights in the folder; InputError where there is none, or only a pickle, or more than one."""
+    found = [name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        others = sorted(path.name for path in folder.glob("adapter_model*"))
+        said = f"; {others[0]} is a pickle or of an unknown kind, and is not opened" if others else ""
+        raise InputError(f"adapter folder {str(folder)!r} has no {WEIGHTS}{said}")
+    if len(found) > 1:
+        raise InputError(f"adapter folder {str(folder)!r} holds {' and '.join(found)}: remove all but one")
+    return inside(folder, found[0])
+
+
+def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file by name, rounded ones read back as float32, each finite.
+
+    sha256: of the whole file, where it is known. Raises InputError where the file is not what was written.
+    """
+    try:
+        if sha256 is not None and sha256_of(path) != sha256:
+            raise InputError(f"{path} is damaged: its SHA-256 is not the one in {PROVENANCE}")
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format", "pt") != "pt":
+            raise InputError(f"{path}: the format of its tensors is {metadata['format']!r}, not 'pt'")
+        tensors = safetensors.torch.load_file(path)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged header comes as an error of any kind
+        raise InputError(f"{path} cannot be read as safetensors: {reason(error)}") from error
+    stored = from_metadata(metadata)
+    values = {name: dequantize(from_tensors(name, tensors, kind, shape)) for name, (kind, shape) in stored.items()}
+    parts = {key for name in stored for key in (name, name + SCALES)}
+    values |= {name: tensor for name, tensor in tensors.items() if name not in parts}
+    wrong = [name for name, tensor in values.items() if not tensor.is_floating_point()]
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]} holds {values[wrong[0]].dtype}, no floating-point numbers")
+    wrong = [name for name, tensor in values.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise InputError(f"{path}: {', '.join(wrong[:3])} holds values that are not finite")
+    return values
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_bytes(tensors: Mapping[str, Tensor], dtype: str, factors: set[str]) -> tuple[str, bytes]:
+    """(file name, content) of the weights in `dtype`.
+
+    factors: the names that may be rounded to int8 or nf4; what is trained whole is then kept in bfloat16.
+    """
+    if dtype not in ROUNDED:
+        wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        plain = {name: tensor.to("cpu", wanted).contiguous() for name, tensor in tensors.items()}
+        return WEIGHTS, safetensors.torch.save(plain, metadata={"format": "pt"})
+    packed: dict[str, Packed] = {name: quantize(tensors[name].cpu(), dtype) for name in tensors if name in factors}
+    stored = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    for name, item in packed.items():
+        stored |= to_tensors(name, item)
+    return ROUNDED[dtype], safetensors.torch.save(stored, metadata={"format": "pt"} | to_metadata(packed))

@@ -1,0 +1,76 @@
+"""How every program measures a model: on the rows that are held out, and on text that has nothing to do with them.
+
+train measures before and after, evaluate with the adapter off and on; the same two functions make their numbers equal.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.config import Config
+from lorafit.errors import InputError
+
+if TYPE_CHECKING:
+    from lorafit.datamodule import FinetuneDataModule
+
+
+def measure(config: Config, data: FinetuneDataModule, model: Any) -> tuple[dict[str, float], list[str]]:
+    """({"loss", "perplexity", "exact_match"}, answers in words) on the held-out rows.
+
+    Exact match is over the first task.generate_examples rows, of which at least task.samples are answered.
+    """
+    from lorafit.evaluation import evaluate_loss, exact_match, generate
+
+    numbers = evaluate_loss(model, data.eval_batches())
+    count = max(config.task.generate_examples, config.task.samples)
+    examples = data.eval_examples[:count]
+    tokenizer: Any = data.tokenizer
+    answers = generate(
+        model,
+        [data.encoder.encode_prompt(example) for example in examples],
+        max_new_tokens=config.task.max_new_tokens,
+        end_ids=data.encoder.end_ids,
+        pad_id=tokenizer.pad_token_id,
+    )
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    result = {"loss": numbers["loss"], "perplexity": numbers["perplexity"]}
+    scored = min(config.task.generate_examples, len(examples))
+    if scored:
+        references = [example.completion for example in examples[:scored]]
+        result["exact_match"] = exact_match(texts[:scored], references)
+    return result, texts
+
+
+def retention_text(config: Config, data: FinetuneDataModule) -> list[list[int]]:
+    """Token ids of text that has nothing to do with the task: the user's, or the embedded model's own, or general."""
+    from lorafit import embedded
+    from lorafit.data.general import TEXTS
+
+    path = config.task.retention_path
+    if path is None and config.model.name == "embedded":
+        path = str(embedded.TEXT)
+    texts = list(TEXTS) if path is None else read_texts(Path(path))
+    tokenizer: Any = data.tokenizer
+    tokens = [tokenizer(text).input_ids for text in texts]
+    if all(len(ids) < 2 for ids in tokens):
+        raise InputError(f"task.retention_path: {path!r} holds no text of two tokens or more to measure retention on")
+    return tokens
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file: the `text` fields of JSON lines, or the whole of any other file."""
+    if path.suffix != ".jsonl":
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise InputError(f"task.retention_path: {str(path)!r} is not UTF-8 text ({error})") from None
+    from lorafit.data.sources import fields, read_rows
+
+    texts = []
+    for row in read_rows(path):
+        text = fields(row).get("text")
+        if not isinstance(text, str):
+            raise InputError(f"{row.where}: the row has no field 'text' to measure retention on")
+        texts.append(text)
+    return texts
