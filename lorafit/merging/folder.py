@@ -1,0 +1,194 @@
+"""A merged model on the disk: a plain model folder that transformers opens and that needs nothing of lorafit.
+
+    config.json, model*.safetensors                the model
+    generation_config.json, tokenizer files        copied from the base; no code and no pickles
+    lorafit.json, README.md                        what was merged into what, and what it cost
+    undo.safetensors                               what `merge.unmerge` needs (see undo.py)
+
+It appears whole or not at all: everything is written into a draft beside it, which is then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from lorafit.adapter import load_adapter
+from lorafit.checkpoint import replace_folder, write_atomically, write_json
+from lorafit.errors import InputError
+from lorafit.inject import adapter_modules
+from lorafit.merging.candidates import REQUANTIZED, Candidate
+from lorafit.merging.files import FileWeights, Planned, write_shards
+from lorafit.merging.skeleton import lend_weights, skeleton
+from lorafit.merging.undo import UndoWriter, adapter_of, read_undo, restore
+
+RECORD, CARD = "lorafit.json", "README.md"
+# what a tokenizer and a chat template may be stored as; anything else of the base's folder stays there
+COPIED = (
+    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *(
+        "*.model",
+        "*.tiktoken",
+        "chat_template*",
+        "*.jinja",
+        "additional_chat_templates/*.jinja",
+        "*processor_config.json",
+    ),
+)
+NEVER = (".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".safetensors")
+
+
+def require_new(out: str | None) -> Path:
+    """The folder that is to be written. Raises InputError when none is named, or when it holds something."""
+    if out is None:
+        raise InputError("out is not set: give out=DIR, a new folder for the merged model")
+    folder = Path(out).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"out: {out!r} exists and is not empty: name a new folder, or remove this one")
+    return folder
+
+
+@contextlib.contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that becomes it at the end, and vanishes where something fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield draft
+        draft.chmod(0o755)  # mkdtemp makes what only its owner may open
+        replace_folder(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def write_merged(
+    candidate: Candidate,
+    out: Path,
+    *,
+    adapted: Mapping[str, Any],
+    source: Path | None,
+    record: Mapping[str, Any],
+    max_shard_bytes: int,
+    undo: bool = True,
+) -> dict[str, int]:
+    """Write a candidate as a model folder, and return {"bytes": of its weights, "undo_bytes"}.
+
+    adapted: the adapter's modules by name. source: the folder of the base, for its tokenizer. record: for lorafit.json
+    and the card. undo: keep what undoes the merge; a model that is quantized again cannot be undone.
+    """
+    with drafted(out) as draft:
+        undoer = UndoWriter(candidate, adapted, draft) if undo and candidate.name != REQUANTIZED else None
+        size = write_shards(draft, candidate.tensors, max_shard_bytes, undoer.see if undoer is not None else None)
+        written = {"bytes": size, "undo_bytes": undoer.write() if undoer is not None else 0}
+        _write_config(candidate.config, draft)
+        copy_tokenizer(source, draft)
+        full = {**record, "candidate": candidate.name, "untied": candidate.untied, "added": candidate.added, **written}
+        write_json(draft / RECORD, full)
+        card = merged_card(full).encode()
+        write_atomically(draft / CARD, lambda file: file.write(card))
+    return written
+
+
+def _write_config(config: Any, folder: Path) -> None:
+    config.save_pretrained(folder)
+
+
+def copy_tokenizer(source: Path | None, folder: Path) -> None:
+    """Copy the files that turn text into tokens and back, and how the base was to generate."""
+    for pattern in COPIED if source is not None else ():
+        assert source is not None
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.suffix not in NEVER:
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def merged_card(record: Mapping[str, Any]) -> str:
+    """The README.md of a merged model."""
+    how = {
+        "original": "added to the base's own weights and rounded once",
+        "dequantized": "added to the weights of the quantized base as they were computed with, and rounded once",
+        "requantized": "added to the dequantized weights of the base, which were then quantized again",
+    }[record["candidate"]]
+    base = record.get("base_model")
+    lines = ["---", f"base_model: {base}", "library_name: transformers", "tags: [lora, lorafit]", "---", ""]
+    lines += [f"# {base} with a LoRA adapter merged in", "", f"The adapter was {how}."]
+    numbers = record.get("measured") or {}
+    if numbers:
+        lines += [
+            "",
+            f"Against the live adapter, on {record.get('tokens'):,} held-out tokens: KL divergence "
+            f"{numbers['kl']:.3g} nats per token, the same first choice at "
+            f"{numbers['top1_agreement']:.2%} of them, loss {numbers['loss']:.4f} "
+            f"where the live adapter has {record['live']['loss']:.4f}.",
+        ]
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+        "```",
+        "",
+        f"What was merged into what is in `{RECORD}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ and back
+
+
+def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, max_shard_bytes: int) -> int:
+    """Write the model that `adapter` was merged into to make the folder `merged`, bit for bit; return its bytes.
+
+    Raises InputError for a folder that cannot be undone or another adapter, and where a hash is not the one noted.
+    """
+    from lorafit.adapter import read_record
+
+    if not merged.is_dir():
+        raise InputError(f"merge.unmerge: no folder {str(merged)!r}")
+    record = read_record(merged)
+    notes_of = read_undo(merged)
+    if record.get("adapter_sha256") != adapter_sha256:
+        raise InputError(
+            f"adapter {str(adapter)!r} is not the one in {str(merged)!r}, which was merged from "
+            f"{record.get('merged_from')!r}: give that one as adapter=DIR"
+        )
+    config = AutoConfig.from_pretrained(merged)
+    weights = FileWeights(merged)
+    model = skeleton(config, None)
+    lend_weights(model, weights)
+    load_adapter(model, adapter, allow_other_base=True)
+    adapted = adapter_modules(model)
+    contents, notes = notes_of
+    config = copy.deepcopy(config)
+    dropped: set[str] = set()
+    if record.get("untied"):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = True
+        dropped = set(record.get("added") or ())
+    tensors: dict[str, Planned] = {}
+    for name, planned in weights.items():
+        if name in dropped:
+            continue
+        if name in notes:
+
+            def make(name: str = name, planned: Planned = planned) -> Any:
+                return restore(name, planned.make(), adapter_of(adapted, name), contents[name].make(), notes[name])
+
+            planned = Planned(planned.dtype, planned.shape, make)
+        tensors[name] = planned
+    with drafted(out) as draft:
+        size = write_shards(draft, tensors, max_shard_bytes)
+        _write_config(config, draft)
+        copy_tokenizer(merged, draft)
+    return size
