@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorafit.errors import InputError, did_you_mean
 from lorafit.lora import LoRAEmbedding, LoRALayer, LoRALinear, TrainedCopy, lora_scaling
-from lorafit.quant import disarm_repacking, head_names, linear_layers, logical_shape
+from lorafit.quant import base_report, disarm_repacking, head_names, linear_layers, logical_shape
 
 ALL_LINEAR = "all_linear"
 BIASES = ("none", "all", "lora_only")
@@ -298,6 +298,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     if trained_biases(model):
         del model.lorafit_biases
     note_untied(model)
+    if (report := base_report(model)) is not None:
+        report.fingerprint = None  # it is another base now
     return model
 
 

@@ -163,7 +163,14 @@ def test_names_in_the_configuration_say_exactly_what_is_wrapped(tmp_path: Path) 
     wrapped = [name for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     assert wrapped == ["base_model.model.up"]
     again = nn.ModuleDict({"up": nn.Linear(8, 8), "inner": nn.ModuleDict({"up": nn.Linear(8, 8)})})
-    assert load_adapter(again, tmp_path / "one") == ["up"]
+    assert load_adapter(again, tmp_path / "one", allow_other_base=True) == ["up"]
+
+
+class Runs:
+    """A pickle that would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("/nonexistent/folder",)
 
 
 def change_config(**change: Any) -> Callable[[Path], None]:
@@ -188,6 +195,31 @@ def truncate(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
 
 
+def without_record(damage: Callable[[Path], object]) -> Callable[[Path], None]:
+    """As an adapter from elsewhere, of which no hash is known."""
+
+    def both(folder: Path) -> None:
+        (folder / PROVENANCE).unlink()
+        damage(folder)
+
+    return both
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    torch.save({"weight": Runs()}, folder / "adapter_model.bin")
+
+
+def link_out(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere")
+
+
+def other_base(folder: Path) -> None:
+    record = json.loads((folder / PROVENANCE).read_text())
+    (folder / PROVENANCE).write_text(json.dumps(record | {"base_fingerprint": "0" * 64}))
+
+
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -198,24 +230,51 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda folder: (folder / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
         (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read"),
         (lambda folder: (folder / CONFIG).write_text("[1]"), "peft_type is 'list'"),
-        (truncate, "cannot be read"),
-        (change_tensors(lambda t: t.pop(FIRST)), "missing model.layers.0.self_attn.q_proj.lora_A.weight"),
-        (change_tensors(lambda t: t.update(extra=torch.zeros(3))), "unused extra"),
-        (change_tensors(lambda t: t.update({FIRST: torch.zeros(4, 65)})), r"is \(4, 65\), the model's is \(4, 64\)"),
-        (change_config(r=8), r"q_proj.lora_A.weight is \(4, 64\), the model's is \(8, 64\)"),
+        (truncate, "is damaged"),
+        (without_record(truncate), "cannot be read as safetensors"),
+        (
+            without_record(change_tensors(lambda t: t.pop(FIRST))),
+            "missing model.layers.0.self_attn.q_proj.lora_A.weight",
+        ),
+        (without_record(change_tensors(lambda t: t.update(extra=torch.zeros(3)))), "unused extra"),
+        (change_tensors(lambda t: t.update(extra=torch.zeros(3))), "its SHA-256 is not the one"),
+        (
+            without_record(change_tensors(lambda t: t[FIRST].mul_(torch.nan))),
+            "q_proj.lora_A.weight holds values that are not",
+        ),
+        (
+            without_record(change_tensors(lambda t: t.update({FIRST: torch.zeros(4, 65)}))),
+            r"is \(4, 65\), not \(4, 64\)",
+        ),
+        (change_config(r=8), r"q_proj.lora_A.weight is \(4, 64\), not \(8, 64\)"),
+        (change_config(r=1_000_000), r"q_proj.lora_A.weight is \(4, 64\), not \(1000000, 64\)"),
         (change_config(peft_type="IA3"), "peft_type is 'IA3', only LORA"),
         (change_config(use_dora=True), "cannot apply: use_dora=True"),
-        (change_config(bias="all"), "cannot apply: bias='all'"),
-        (change_config(rank_pattern={"q_proj": 2}), "cannot apply: rank_pattern"),
-        (change_config(modules_to_save=["lm_head"]), "cannot apply: modules_to_save"),
-        (change_config(exclude_modules=["q_proj"]), "cannot apply: exclude_modules"),
+        (change_config(bias="all"), "bias=all: LlamaForCausalLM has no such bias"),
+        (change_config(bias="some"), "bias must be one of none, all, lora_only, got 'some'"),
+        (change_config(rank_pattern={"q_proj": 2}), r"q_proj.lora_A.weight is \(4, 64\), not \(2, 64\)"),
+        (change_config(rank_pattern={"q_proj": "2"}), "rank_pattern must be {name: positive integer}"),
+        (change_config(rank_pattern={"q_proj": 10**6}), r"is \(4, 64\), not \(1000000, 64\)"),
+        (change_config(modules_to_save=["lm_head"]), "missing lm_head.weight"),
+        (change_config(modules_to_save="lm_head"), "modules_to_save must be a list of texts"),
+        (change_config(exclude_modules=["q_proj"]), "unused model.layers.0.self_attn.q_proj.lora_A.weight"),
+        (change_config(layers_to_transform=[1]), "unused model.layers.0.mlp.down_proj.lora_A.weight"),
         (change_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
         (change_config(invented_later=3), "cannot apply: invented_later=3"),
         (change_config(r=None), "r is missing"),
         (change_config(target_modules=None), "target_modules is missing"),
-        (change_config(target_modules=["q_porj"]), "Did you mean 'q_proj'"),
-        (change_config(target_modules="q_proj"), "matches no linear layer"),
-        (change_config(r="four"), "rank must be a positive integer, got 'four'"),
+        (change_config(target_modules=["q_porj"]), "match no layer of this model"),
+        (change_config(target_modules="q_proj"), "match no layer of this model"),
+        (change_config(target_modules="q_proj("), "is no regular expression"),
+        (change_config(target_modules={"q_proj": 1}), "target_modules must be a text or a list of texts"),
+        (change_config(r="four"), "r must be a positive integer, got 'four'"),
+        (change_config(lora_alpha=float("inf")), "lora_alpha must be a positive number"),
+        (change_config(lora_dropout=2), r"lora_dropout must be in \[0, 1\)"),
+        (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "cannot be read as JSON"),
+        (lambda folder: (folder / PROVENANCE).write_text("[]"), "holds no record of an adapter"),
+        (pickled, "adapter_model.bin is a pickle"),
+        (link_out, "is a link out of the folder"),
+        (other_base, "was trained on another base"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_an_error_and_leaves_the_model_as_it_was(
@@ -238,7 +297,7 @@ def test_a_failed_load_restores_a_shared_layer_under_both_names(tmp_path: Path) 
     model = Nets()
     inject_lora(model, **ADAPTER)
     save_adapter(model, tmp_path / "a")
-    change_tensors(lambda tensors: tensors.update(extra=torch.zeros(3)))(tmp_path / "a")
+    without_record(change_tensors(lambda tensors: tensors.update(extra=torch.zeros(3))))(tmp_path / "a")
     other = Nets()
     with pytest.raises(InputError, match="unused extra"):
         load_adapter(other, tmp_path / "a")
@@ -365,7 +424,7 @@ def test_the_card_and_the_record_hold_the_numbers_given(tiny_llama: TinyLlama, t
     save_adapter(model, tmp_path / "a", base_model="someone/tiny", provenance=provenance)
     card = (tmp_path / "a" / CARD).read_text()
     for part in (
-        "base_model: someone/tiny",
+        'base_model: "someone/tiny"',
         "Rank 4, alpha 12 (rsLoRA), on o_proj, q_proj.",
         "`cases.jsonl`: 417 examples",
         "| loss | 2.346 | 0.4321 |",
@@ -391,13 +450,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write_atomically(tmp_path / "deep" / "file.json", fail)
     assert json.loads((tmp_path / "deep" / "file.json").read_text()) == {"a": [1, None]}
     assert os.listdir(tmp_path / "deep") == ["file.json"]
-
-
-class Runs:
-    """A pickle that would run code."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("/nonexistent/folder",)
 
 
 def test_a_checkpoint_is_read_as_data_and_never_run(tmp_path: Path) -> None:

@@ -124,10 +124,10 @@ def save_adapter(
         card = model_card(config, record).encode()
         write_atomically(draft / CARD, lambda file: file.write(card))
         draft.chmod(0o755)  # mkdtemp makes what only its owner may open
-        for other in WEIGHT_FILES:  # replace_folder keeps what the new folder lacks
-            if other != file_name and (folder / other).exists():
-                (folder / other).unlink()
         replace_folder(draft, folder)
+        for other in WEIGHT_FILES:  # replace_folder keeps what the new folder lacks
+            if other != file_name:
+                (folder / other).unlink(missing_ok=True)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -180,9 +180,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, allow_other_base: bool
     """
     folder = Path(folder)
     config = read_config(folder)
-    path = weights_file(folder)
     record = read_record(folder)
     weights = record.get("weights")
+    path = weights_file(folder, weights.get("file") if isinstance(weights, dict) else None)
     sha256 = weights.get("sha256") if isinstance(weights, dict) and weights.get("file") == path.name else None
     tensors = read_weights(path, sha256)
     if not allow_other_base:
@@ -219,7 +219,7 @@ def base_fingerprint(model: nn.Module) -> str | None:
     """The fingerprint of the base below the adapter of `model`, before it was quantized; None where that is unknown:
     on the meta device, and for a model that was quantized elsewhere."""
     report = base_report(model)
-    if report is not None:
+    if report is not None and report.fingerprint is not None:
         return report.fingerprint
     if any(parameter.is_meta for parameter in model.parameters()) or any(map(is_quantized, model.modules())):
         return None

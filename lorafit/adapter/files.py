@@ -85,13 +85,18 @@ def read_json(folder: Path, name: str) -> Any:
         raise InputError(f"{path} cannot be read as JSON: {reason(error)}") from error
 
 
-def weights_file(folder: Path) -> Path:
-    """The one file of weights in the folder; InputError where there is none, or only a pickle, or more than one."""
+def weights_file(folder: Path, recorded: str | None = None) -> Path:
+    """The file of weights in the folder: the one that lorafit.json names, or else the only one.
+
+    Raises InputError where there is none, or only a pickle, or more than one.
+    """
     found = [name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not found:
         others = sorted(path.name for path in folder.glob("adapter_model*"))
         said = f"; {others[0]} is a pickle or of an unknown kind, and is not opened" if others else ""
         raise InputError(f"adapter folder {str(folder)!r} has no {WEIGHTS}{said}")
+    if recorded in found:
+        found = [recorded]
     if len(found) > 1:
         raise InputError(f"adapter folder {str(folder)!r} holds {' and '.join(found)}: remove all but one")
     return inside(folder, found[0])
@@ -107,8 +112,8 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
             raise InputError(f"{path} is damaged: its SHA-256 is not the one in {PROVENANCE}")
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        if metadata.get("format", "pt") != "pt":
-            raise InputError(f"{path}: the format of its tensors is {metadata['format']!r}, not 'pt'")
+        if metadata and metadata.get("format") != "pt":
+            raise InputError(f"{path}: the format of its tensors is {metadata.get('format')!r}, not 'pt'")
         tensors = safetensors.torch.load_file(path)
     except InputError:
         raise
