@@ -515,9 +515,7 @@ def _input_errors(name: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ merging
 
 
-def quantize_as_read(
-    model: nn.Module, quant: Quantization, read: Callable[[str], Tensor], report: BaseReport
-) -> None:
+def quantize_as_read(model: nn.Module, quant: Quantization, read: Callable[[str], Tensor], report: BaseReport) -> None:
     """`quantize_model` on the CPU for a model on the meta device: each layer is quantized as `read(name)` gives its
     parameters, so that the 16-bit weights are never together in memory. What is not quantized stays on meta."""
     head = head_names(model)
@@ -537,7 +535,7 @@ def quantize_as_read(
                 }
                 one, noted = nn.ModuleDict({"layer": filled}), BaseReport(report.name, quant)
                 quantize_model(one, quant, torch.device("cpu"), noted)
-                done[id(linear)] = (one["layer"], noted)
+                done[id(linear)] = (one["layer"] if noted.quantized else linear, noted)
             layer, noted = done[id(linear)]
             if noted.quantized:
                 model.set_submodule(name, layer)
