@@ -215,7 +215,8 @@ def write_smaller(
     record = read_record(source)
     rank = found["recommended_rank"] if config.rank is None and config.energy is None else config.rank
     with adapters_off(model):
-        before, _ = measure(config, data, model)
+        base, _ = measure(config, data, model)
+    whole, _ = measure(config, data, model)
     ranks = cut(model, rank=rank, energy=config.energy)
     provenance: dict[str, Any] = {
         key: record[key] for key in ("data", "settings", "config_sha256", "versions") if key in record
@@ -231,28 +232,28 @@ def write_smaller(
     model.eval()
     after, _ = measure(config, data, model)
     provenance["metrics"] = {
-        "before": before,
+        "before": base,
         "after": after,
         "retention": measure_retention(model, retention_text(config, data)),
     }
+    modules = found["modules"]
     provenance["cut_from"] = {
-        "rank": max(module["rank"] for module in found["modules"].values()),
+        "rank": max(module["rank"] for module in modules.values()),
         "parameters": found["parameters"]["now"],
-        "loss": found["full_loss"],
-        "loss_after": after["loss"],
-        "energy": config.energy,
+        **whole,
     }
+    if config.energy is not None:
+        provenance["cut_from"]["energy"] = config.energy
     save_adapter(model, config.out, provenance=provenance, **options)
-    parameters = sum(
-        found["modules"][name]["parameters"] // found["modules"][name]["rank"] * ranks[name] for name in ranks
-    )
     return {
         "out": config.out,
         "rank": rank,
         "energy": config.energy,
         "ranks": ranks,
-        "parameters": parameters,
-        "loss": after["loss"],
+        "parameters": sum(modules[name]["parameters"] // modules[name]["rank"] * ranks[name] for name in ranks),
+        "base": base,
+        "whole": whole,
+        "smaller": after,
     }
 
 
@@ -288,12 +289,12 @@ def ranks_tables(found: Mapping[str, Any]) -> list[Any]:
     heads = ("layers", "rank", "effective rank", *(f"for {share:.0%} of the energy" for share in SHARES))
     for head in heads:
         layers.add_column(head, justify="right")
-    layers.add_column("effective rank by layer", overflow="fold")
+    layers.add_column(f"that for {SHARES[0]:.0%} by layer", overflow="fold")
     for kind, members in by_kind(found["modules"]).items():
         values = list(members.values())
         columns = [[module[key] for module in values] for key in ("rank", "effective_rank")]
         columns += [[module["energy_ranks"][str(share)] for module in values] for share in SHARES]
-        heights = [min(7, 8 * module["effective_rank"] // module["rank"]) for module in values]
+        heights = [min(7, 8 * module["energy_ranks"][str(SHARES[0])] // module["rank"]) for module in values]
         marks = "".join(_BARS[height] for height in heights)
         layers.add_row(Text(kind), str(len(values)), *map(_range, columns), marks)
     chart = Table(box=None, padding=(0, 2, 0, 0))
@@ -338,14 +339,15 @@ def verdict(found: Mapping[str, Any]) -> str:
     cut = found.get("cut")
     if cut is None:
         return text
-    if found["gains"]:
-        outcome = f"{gain_kept(found, cut['loss']):.1%} of the gain"
-    else:
-        outcome = f"the whole adapter's is {found['full_loss']:.4g}"
     size = (
         f"rank {_range(list(cut['ranks'].values()))}, {cut['parameters'] / found['parameters']['now']:.0%} of the size"
     )
-    return f"{text}\nWritten to {cut['out']} ({size}). Read back, its held-out loss is {cut['loss']:.4g} ({outcome})."
+    outcome = ", ".join(
+        f"{key.replace('_', ' ')} {value:.4g} (whole {cut['whole'][key]:.4g}, base {cut['base'][key]:.4g})"
+        for key, value in cut["smaller"].items()
+        if key != "perplexity"  # which is the loss in other words
+    )
+    return f"{text}\nWritten to {cut['out']} ({size}). Read back: {outcome}."
 
 
 # ------------------------------------------------------------------------------------------------------------ a picture
@@ -361,14 +363,14 @@ text { fill: var(--ink); } .dim { fill: var(--dim); } .title { font-size: 15px; 
 .curve { fill: none; stroke: var(--data); stroke-width: 2; } .thin { stroke-width: 1; opacity: 0.35; }
 .dot { fill: var(--data); } .cell { fill: var(--data); } .right { text-anchor: end; } .middle { text-anchor: middle; }
 """
-_LEFT, _WIDTH, _RIGHT = 96, 620, 96
+_LEFT, _WIDTH, _RIGHT = 96, 620, 120
 
 
 def ranks_picture(found: Mapping[str, Any]) -> str:
-    """An SVG that needs nothing else: the loss by rank, the energy curves, and the effective rank of every layer."""
+    """An SVG that needs nothing else: the loss by rank, the energy curves, and two maps of the layers."""
     parts: list[str] = []
     y = 28
-    for draw in (_losses, _energies, _layers):
+    for draw in (_losses, _energies, _directions, _effective):
         shapes, height = draw(found)
         parts.append(f'<g transform="translate(0 {y})">{"".join(shapes)}</g>')
         y += height + 36
@@ -431,8 +433,10 @@ def _losses(found: Mapping[str, Any]) -> tuple[list[str], int]:
         *_rank_axis(max(found["loss_by_rank"]), height),
     ]
     for name, loss in levels.items():
+        # two levels that are one line have their words one below the other
+        beside = name == "whole" and "base" in levels and abs(down(loss) - down(levels["base"])) < 14
         shapes.append(_line(_LEFT, down(loss), _LEFT + _WIDTH, down(loss), "level"))
-        shapes.append(_text(_LEFT + _WIDTH + 8, down(loss) + 4, f"{name} {loss:.4g}", "dim"))
+        shapes.append(_text(_LEFT + _WIDTH + 8, down(loss) + (18 if beside else 4), f"{name} {loss:.4g}", "dim"))
     rank = found["recommended_rank"]
     if rank in losses or not found["gains"]:
         shapes.append(_line(at(rank), 24, at(rank), height, "mark"))
@@ -465,26 +469,36 @@ def _energies(found: Mapping[str, Any]) -> tuple[list[str], int]:
     return shapes, height + 20
 
 
-def _layers(found: Mapping[str, Any]) -> tuple[list[str], int]:
+def _effective(found: Mapping[str, Any]) -> tuple[list[str], int]:
+    return _layers(found, "Effective rank", lambda module: module["effective_rank"])
+
+
+def _directions(found: Mapping[str, Any]) -> tuple[list[str], int]:
+    title = f"Rank for {SHARES[0]:.0%} of the energy"
+    return _layers(found, title, lambda module: module["energy_ranks"][str(SHARES[0])])
+
+
+def _layers(found: Mapping[str, Any], title: str, number: Callable[[Any], int]) -> tuple[list[str], int]:
+    """A number of each module, by kind (rows) and layer (columns), the darker the more of the rank it is."""
     kinds = by_kind(found["modules"])
     columns = list(dict.fromkeys(layer for members in kinds.values() for layer in members))
     columns.sort(key=lambda layer: int(layer) if layer.isdigit() else math.inf)
     width = min(48.0, _WIDTH / len(columns))
-    shapes = [_text(_LEFT, 0, "Effective rank by layer (columns) and kind of module", "title")]
+    shapes = [_text(_LEFT, 0, f"{title}, by kind of module (rows) and layer (columns)", "title")]
     for row, (kind, members) in enumerate(kinds.items()):
         y = 16 + 24 * row
         shapes.append(_text(_LEFT - 8, y + 15, kind if len(kind) < 14 else f"{kind[:12]}…", "dim right"))
         for layer, module in members.items():
             x = _LEFT + width * columns.index(layer)
-            used = module["effective_rank"]
-            words = f"{kind}, layer {layer}: effective rank {used} of {module['rank']}"
+            value = number(module)
+            words = f"{kind}, layer {layer}: {value} of {module['rank']}"
             shapes.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="22" class="cell" '
-                f'opacity="{0.08 + 0.62 * used / module["rank"]:.2f}"><title>{escape(words)}</title></rect>'
+                f'opacity="{0.08 + 0.62 * value / module["rank"]:.2f}"><title>{escape(words)}</title></rect>'
             )
             if width >= 18:
-                shapes.append(_text(x + width / 2 - 1, y + 15, used, "middle"))
-    return shapes, 24 * len(kinds)
+                shapes.append(_text(x + width / 2 - 1, y + 15, value, "middle"))
+    return shapes, 24 * len(kinds) + 20
 
 
 if __name__ == "__main__":
