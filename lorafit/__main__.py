@@ -13,6 +13,10 @@ from lorafit.errors import InputError, did_you_mean
 
 PROGRAMS = {
     "train": "fine-tune a model; leaves a run folder with the adapter and what it achieved",
+    "merge": "put an adapter into the weights by the way that costs least, or take it out again",
+    "evaluate": "measure held-out data with the adapter on and off",
+    "generate": "answer a prompt, a file of prompts or a chat, with one adapter, several or none",
+    "ranks": "how much rank an adapter uses, and what cutting it down costs",
     "audit": "show which tokens and which modules train would train; refuse what would fail in silence",
 }
 

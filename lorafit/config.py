@@ -175,6 +175,8 @@ def _take_over(plain: dict[str, Any], given: set[str]) -> None:
         return  # for `check` to name
     folder = find_adapter(os.path.expanduser(first))
     settings = read_record(folder).get("settings") or {}
+    if "${" in json.dumps(settings):  # a stranger's file, which is not to be computed with
+        raise InputError(f"adapter {first!r}: the settings in its lorafit.json hold an interpolation (${{…}})")
     for section, keys in _RECORDED.items():
         recorded = settings.get(section) or {}
         for key in keys:
@@ -184,6 +186,8 @@ def _take_over(plain: dict[str, Any], given: set[str]) -> None:
         name = (settings.get("model") or {}).get("name") or read_config(folder).base_model
         if not name:
             raise InputError(f"adapter {first!r} names no base model: give model.name=NAME")
+        if "${" in name:
+            raise InputError(f"adapter {first!r} names an impossible base model, {name!r}")
         plain["model"]["name"] = name
     if not any(key.partition(".")[0] == "quant" for key in given) and "quant" in settings:
         plain["quant"] = settings["quant"]

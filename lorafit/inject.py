@@ -242,9 +242,10 @@ def coverage(model: nn.Module) -> dict[str, dict[str, int]]:
     # what lies inside a module of the adapter, its base and its factors, is part of it
     inside = tuple(f"{name}." for name in modules) or ("\0",)
     plain = [name for name in linear_layers(model) if not name.startswith(inside)]
-    for name in [*modules, *plain]:
+    adapted = [name for name, module in modules.items() if isinstance(module, LoRALayer)]  # not what is trained whole
+    for name in [*adapted, *plain]:
         entry = kinds.setdefault(name.rpartition(".")[2], {"wrapped": 0, "total": 0})
-        entry["wrapped"] += isinstance(modules.get(name), LoRALayer)
+        entry["wrapped"] += name in modules
         entry["total"] += 1
     return kinds
 

@@ -5,6 +5,7 @@ train measures before and after, evaluate with the adapter off and on; the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from lorafit.config import Config
 from lorafit.errors import InputError
 
 if TYPE_CHECKING:
+    from lorafit.data.loader import Batch
     from lorafit.datamodule import FinetuneDataModule
 
 
@@ -40,6 +42,41 @@ def measure(config: Config, data: FinetuneDataModule, model: Any) -> tuple[dict[
         references = [example.completion for example in examples[:scored]]
         result["exact_match"] = exact_match(texts[:scored], references)
     return result, texts
+
+
+def measure_rounding(model: Any, batches: Iterable[Batch], dtype: str) -> dict[str, float]:
+    """What it costs to store the adapter of `model` in `dtype`: {"loss", "loss_float32", "kl", "top1_agreement"} per
+    supervised token, the divergence from the adapter as it is to the one that would be read back, in nats.
+
+    The adapter is as before afterwards. Raises InputError where no batch has a token.
+    """
+    import torch
+
+    from lorafit.adapter import round_adapter
+    from lorafit.evaluation import evaluating
+    from lorafit.inject import load_lora_state_dict, lora_state_dict
+    from lorafit.loss import supervised_logits
+    from lorafit.merging.measure import compare
+
+    device = next(model.parameters()).device
+    exact = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+    full, rounded, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
+    with evaluating(model):
+        for batch in batches:
+            batch = {key: value.to(device) for key, value in batch.items()}
+            logits, targets = supervised_logits(model, batch)
+            round_adapter(model, dtype)
+            try:
+                other, _ = supervised_logits(model, batch)
+            finally:
+                load_lora_state_dict(model, exact)
+            full += compare(logits, logits, targets)
+            rounded += compare(logits, other, targets)
+            count += targets.numel()
+    if not count:
+        raise InputError("no held-out row has a token to measure the stored adapter on: give data.eval_path")
+    loss, kl, agreement = (rounded / count).tolist()
+    return {"loss": loss, "loss_float32": (full[0] / count).item(), "kl": max(0.0, kl), "top1_agreement": agreement}
 
 
 def retention_text(config: Config, data: FinetuneDataModule) -> list[list[int]]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,8 @@ class Config:
     target_modules: Any = MISSING  # a str or a list of str
     dropout: float = MISSING
     variant: str = MISSING
-    rank_pattern: dict[str, Any] = MISSING
-    alpha_pattern: dict[str, Any] = MISSING
+    rank_pattern: Any = MISSING  # None or a dict
+    alpha_pattern: Any = MISSING  # None or a dict
     bias: str = MISSING
     modules_to_save: list[str] = MISSING
     adapter_dtype: str = MISSING
@@ -335,12 +335,10 @@ def _check_values(config: Config) -> Iterable[str]:
         yield (f"target_modules must be all_linear or a list of module names, got {config.target_modules!r}")
     if not _within(config.dropout, 0, 1):
         yield f"dropout must be in [0, 1), got {config.dropout!r}"
-    for name, rank in config.rank_pattern.items():
-        if not (_is_int(rank) and rank > 0):
-            yield f"rank_pattern: the rank of {name!r} must be a positive integer, got {rank!r}"
-    for name, alpha in config.alpha_pattern.items():
-        if not _within(alpha, 1e-12, float("inf")):
-            yield f"alpha_pattern: the alpha of {name!r} must be a positive number, got {alpha!r}"
+    yield from _check_pattern("rank_pattern", config.rank_pattern, "positive integer", lambda v: _is_int(v) and v > 0)
+    yield from _check_pattern(
+        "alpha_pattern", config.alpha_pattern, "positive number", lambda v: _within(v, 1e-12, float("inf"))
+    )
     yield from _check_adapter_keys(config)
     if _is_int(config.seed) and config.seed >= 2**32:
         yield f"seed must be below 2**32, got {config.seed}"
@@ -406,6 +404,14 @@ def _check_values(config: Config) -> Iterable[str]:
             yield "logger.mode and logger.project must be set for wandb: choose logger=wandb"
         if logger.type == "csv" and dataclasses.replace(logger, tags=[]) != Logger(type="csv"):
             yield "logger.type csv takes no other keys: choose logger=wandb with them"
+
+
+def _check_pattern(key: str, pattern: Any, wanted: str, good: Callable[[Any], bool]) -> Iterable[str]:
+    if pattern is not None and not isinstance(pattern, dict):
+        yield f"{key} must be like {{down_proj: 8}}, got {pattern!r}"
+    for name, value in (pattern or {}).items() if isinstance(pattern, dict) else ():
+        if not good(value):
+            yield f"{key}: of {name!r} must be a {wanted}, got {value!r}"
 
 
 def _check_adapter_keys(config: Config) -> Iterable[str]:

@@ -11,9 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lorafit.adapter import adapter_dtype
 from lorafit.data.sources import files_not_read, held_out_files
 from lorafit.datamodule import FinetuneDataModule
+from lorafit.inject import adapter_modules, lora_layers, trained_biases
 from lorafit.isolation import Isolation
+from lorafit.lora import TrainedCopy
 from lorafit.memory import human
 from lorafit.quant import BaseReport
 
@@ -41,6 +44,7 @@ def start_table(
     accumulate: int,
     memory: Mapping[str, int],
     folder: str,
+    adapter_notes: Sequence[str] = (),
 ) -> Table:
     """What this run will do."""
     wrapped = [f"{kind} {n['wrapped']}" for kind, n in coverage.items() if n["wrapped"] == n["total"]]
@@ -53,6 +57,7 @@ def start_table(
         ("model", f"{base.name} ({architecture}), {total:,} parameters, {dtype} on {device}"),
         ("base", base_sentence(base)),
         ("LoRA", f"rank {rank}, alpha {alpha:g}, scaling {scaling:.4g}{'' if variant == 'lora' else f' ({variant})'}"),
+        *(("", note) for note in adapter_notes),
         ("adapted", ", ".join(wrapped + partly)),
         ("not adapted", ", ".join(without) or "–"),
         ("trainable", f"{trainable:,} parameters, {100 * trainable / total:.4f} % of all"),
@@ -76,6 +81,28 @@ def start_table(
     for name, text in rows:
         table.add_row(name, escape(visible(text)))
     return table
+
+
+def adapter_notes(model: Any) -> list[str]:
+    """What of an adapter is out of the ordinary, a sentence each: other ranks, whole modules, biases, rounding."""
+    layers = lora_layers(model)
+    notes = []
+    for word in ("rank", "alpha"):
+        found: dict[Any, set[str]] = {}
+        for name, layer in layers.items():
+            found.setdefault(getattr(layer, word), set()).add(name.rpartition(".")[2])
+        if len(found) > 1:
+            parts = (f"{key:g} on {', '.join(sorted(kinds))}" for key, kinds in sorted(found.items()))
+            notes.append(f"{word} {'; '.join(parts)}")
+    if whole := [name for name, module in adapter_modules(model).items() if isinstance(module, TrainedCopy)]:
+        notes.append(f"trained whole: {', '.join(whole)}")
+    if biases := trained_biases(model):
+        dtype = str(next(iter(biases.values()))[0].dtype).removeprefix("torch.")
+        note = f"{len(biases)} biases of the base are trained, in {dtype}"
+        notes.append(note + (", which rounds small steps away" if dtype != "float32" else ""))
+    if (kind := adapter_dtype(model)) != "float32":
+        notes.append(f"A and B multiply as {kind} holds them, and are saved so")
+    return notes
 
 
 def source_names(path: Any) -> str:
@@ -285,6 +312,8 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
     for key in after:
         table.add_row(key.replace("_", " "), number(before.get(key)), number(after[key]))
     retention = metrics["retention"]
+    if saved := metrics.get("saved"):
+        table.add_row(f"loss as {saved['dtype']} holds it", "–", number(saved["loss"]))
     table.add_row(
         "perplexity of other text",
         number(retention["perplexity_adapter_off"]),

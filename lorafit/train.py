@@ -35,7 +35,7 @@ from lorafit.build import (
 )
 from lorafit.config import Config, config_sha256, settings_to_record, start, to_dict
 from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped, reason
-from lorafit.measuring import measure, retention_text
+from lorafit.measuring import measure, measure_rounding, retention_text
 
 if TYPE_CHECKING:
     import lightning as L
@@ -81,7 +81,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
     import lightning as L
     import torch
 
-    from lorafit.adapter import save_adapter
+    from lorafit.adapter import adapter_bytes, save_adapter
     from lorafit.callbacks import (
         Checkpoints,
         PagedOptimizerMemory,
@@ -96,6 +96,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
     from lorafit.quant import base_report
     from lorafit.retention import measure_retention
     from lorafit.tables import (
+        adapter_notes,
         console,
         data_notes,
         result_table,
@@ -177,6 +178,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
                 accumulate=config.trainer.accumulate_grad_batches,
                 memory=memory_by_part(model),
                 folder=str(folder),
+                adapter_notes=adapter_notes(model),
             )
         )
 
@@ -232,11 +234,15 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         ]
         write_samples(folder / "samples.jsonl", samples)
         metrics["speed"]["total_seconds"] = round(time.perf_counter() - began, 3)
+        if config.save.dtype != config.adapter_dtype:
+            metrics["saved"] = {"dtype": config.save.dtype, "bytes": adapter_bytes(model, config.save.dtype)}
+            metrics["saved"] |= measure_rounding(model, data.eval_batches(), config.save.dtype)
         save_adapter(
             model,
             folder / "adapter",
+            dtype=config.save.dtype,
             provenance={
-                "metrics": {key: metrics[key] for key in ("before", "after", "retention")},
+                "metrics": {key: metrics[key] for key in ("before", "after", "retention", "saved") if key in metrics},
                 "data": {"path": config.data.path, "template": data.template_hash(), "sha256": data.content_hash()}
                 | metrics["data"],
                 "settings": settings_to_record(config),
@@ -294,7 +300,7 @@ def begin_metrics(metrics: dict[str, Any], config: Config) -> None:
 
 def in_order(metrics: dict[str, Any]) -> dict[str, Any]:
     """The parts in the order in which a person reads them."""
-    first = ("status", "error", "model", "lora", "data", "before", "after", "retention", "speed", "memory")
+    first = ("status", "error", "model", "lora", "data", "before", "after", "retention", "saved", "speed", "memory")
     return {key: metrics[key] for key in first if key in metrics} | metrics
 
 

@@ -687,7 +687,7 @@ def test_lorafit_helps_with_the_name_of_a_program(
     with pytest.raises(SystemExit) as end:
         door.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err == "lorafit: no program 'trian'. Did you mean 'train'?\n"
+    assert capsys.readouterr().err == "lorafit: no program 'trian'. Did you mean 'train' or 'ranks'?\n"
 
 
 def test_a_program_sees_its_overrides_as_its_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

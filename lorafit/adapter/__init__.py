@@ -52,13 +52,15 @@ from lorafit.inject import (
 )
 from lorafit.lora import LoRAEmbedding, RoundedFactor
 from lorafit.quant import base_report, features, is_quantized
-from lorafit.rounding import KINDS, round_to
+from lorafit.rounding import KINDS, bytes_of, round_to
 
 __all__ = [
     "CARD",
     "CONFIG",
     "PROVENANCE",
     "WEIGHTS",
+    "adapter_bytes",
+    "adapter_dtype",
     "base_fingerprint",
     "find_adapter",
     "fingerprint_of",
@@ -139,13 +141,23 @@ def adapter_dtype(model: nn.Module) -> str:
     return first.kind if isinstance(first, RoundedFactor) else "float32"
 
 
+def adapter_bytes(model: nn.Module, dtype: str) -> int:
+    """How many bytes the values of the adapter take in a file in `dtype`."""
+    state = lora_state_dict(model)
+    return sum(bytes_of(_stored_as(name, dtype), tensor.numel()) for name, tensor in state.items())
+
+
+def _stored_as(name: str, dtype: str) -> str:
+    """In what a tensor is stored: what is no factor is rounded to bfloat16 at most."""
+    is_factor = name.endswith((".lora_A.weight", ".lora_B.weight"))
+    return dtype if is_factor or dtype == "float32" else "bfloat16"
+
+
 @torch.no_grad()
 def round_adapter(model: nn.Module, dtype: str) -> None:
     """Give the adapter the values that it would be read back with after `save_adapter(dtype=…)`, in place."""
     for name, tensor in lora_state_dict(model).items():
-        is_factor = name.endswith((".lora_A.weight", ".lora_B.weight"))
-        kind = dtype if is_factor or dtype == "float32" else "bfloat16"
-        tensor.copy_(round_to(tensor, kind))
+        tensor.copy_(round_to(tensor, _stored_as(name, dtype)))
 
 
 def read_config(folder: str | Path) -> AdapterConfig:

@@ -39,7 +39,7 @@ def measure_merge(
                 live_loss += F.cross_entropy(part.float(), right, reduction="sum").item()
             for name, model in merged.items():
                 with evaluating(model):
-                    sums[name] += _compare(logits, supervised_logits(model, batch)[0], targets)
+                    sums[name] += compare(logits, supervised_logits(model, batch)[0], targets)
     if not count:
         raise InputError("no held-out row has a token to measure a merge on: give data.eval_path, or more rows")
     keys = ("loss", "kl", "top1_agreement")
@@ -50,7 +50,7 @@ def measure_merge(
     return live_loss / count, count, means
 
 
-def _compare(live: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+def compare(live: Tensor, other: Tensor, targets: Tensor) -> Tensor:
     """Sums over tokens of -log p, of the divergence and of equal first choices."""
     total = torch.zeros(3, dtype=torch.float64)
     for a, b, right in zip(live.split(_ROWS), other.split(_ROWS), targets.split(_ROWS), strict=True):
