@@ -25,16 +25,20 @@ if TYPE_CHECKING:
         lora_state_dict,
         mark_only_lora_as_trainable,
         merge_lora,
+        unmerge_lora,
     )
-    from lorafit.lora import LoRALinear
+    from lorafit.lora import LoRAEmbedding, LoRALinear
     from lorafit.module import FinetuneModule
     from lorafit.quant import dequantize, load_base_model
+    from lorafit.serving import Adapters
 
 _HOME = {
+    "Adapters": "serving",
     "DivergedError": "errors",
     "FinetuneDataModule": "datamodule",
     "FinetuneModule": "module",
     "InputError": "errors",
+    "LoRAEmbedding": "lora",
     "LoRALinear": "lora",
     "LorafitError": "errors",
     "MemoryExhausted": "errors",
@@ -49,13 +53,16 @@ _HOME = {
     "mark_only_lora_as_trainable": "inject",
     "merge_lora": "inject",
     "save_adapter": "adapter",
+    "unmerge_lora": "inject",
 }
 
 __all__ = [
+    "Adapters",
     "DivergedError",
     "FinetuneDataModule",
     "FinetuneModule",
     "InputError",
+    "LoRAEmbedding",
     "LoRALinear",
     "LorafitError",
     "MemoryExhausted",
@@ -70,6 +77,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge_lora",
     "save_adapter",
+    "unmerge_lora",
 ]
 
 

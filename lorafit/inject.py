@@ -285,34 +285,70 @@ def load_lora_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> Non
         tensor.copy_(state_dict[name])
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: nn.Module, *, keep: bool = False) -> nn.Module:
     """Replace every LoRA layer and every module trained whole by its merged plain one, in place; return the model.
 
+    keep: set the adapter's modules and the base weights in them aside, so that `unmerge_lora` can put them back.
     Trained biases stand in the base already. Where an embedding and the head shared one weight and no longer do,
     the model's configuration says so.
     """
+    modules, report = adapter_modules(model), base_report(model)
+    configs = [part for part in _configs(model) if getattr(part, "tie_word_embeddings", False)]
+    if keep:
+        model.lorafit_kept = (  # type: ignore[assignment]
+            modules,
+            trained_biases(model),
+            configs,
+            report.fingerprint if report else None,
+        )
     merged: dict[int, nn.Module] = {}
-    for name, module in adapter_modules(model).items():
+    for name, module in modules.items():
         if id(module) not in merged:
             merged[id(module)] = module.merge()
         model.set_submodule(name, merged[id(module)])
     if trained_biases(model):
         del model.lorafit_biases
     note_untied(model)
-    if (report := base_report(model)) is not None:
+    if report is not None:
         report.fingerprint = None  # it is another base now
     return model
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Undo `merge_lora(model, keep=True)` in place, exactly: nothing is subtracted, what was set aside comes back.
+
+    Raises InputError where nothing was set aside.
+    """
+    if not hasattr(model, "lorafit_kept"):
+        raise InputError("nothing was set aside to unmerge: call merge_lora(model, keep=True)")
+    modules, biases, configs, fingerprint = model.lorafit_kept  # type: ignore[misc]
+    del model.lorafit_kept
+    for name, module in modules.items():
+        module.train(model.get_submodule(name).training)
+        model.set_submodule(name, module)
+    if biases:
+        model.lorafit_biases = biases
+    for part in configs:
+        part.tie_word_embeddings = True
+    if (report := base_report(model)) is not None:
+        report.fingerprint = fingerprint
+    return model
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configuration of a model of transformers, and that of its text part."""
+    config: Any = getattr(model, "config", None)
+    return [] if config is None or not hasattr(config, "get_text_config") else [config, config.get_text_config()]
 
 
 def note_untied(model: nn.Module) -> None:
     """Say in the model's configuration that embedding and head are two weights, where they have become so: otherwise
     transformers would tie them again when the model is loaded."""
-    config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_output_embeddings"):
+    if not hasattr(model, "get_output_embeddings"):
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if head is not None and getattr(head, "weight", None) is not embedding.weight:
-        for part in (config, config.get_text_config()):
+        for part in _configs(model):
             if getattr(part, "tie_word_embeddings", False):
                 part.tie_word_embeddings = False
 

@@ -21,6 +21,7 @@ from lorafit.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, load_adapter, rou
 from lorafit.adapter.files import ROUNDED
 from lorafit.errors import InputError
 from lorafit.inject import (
+    adapter_modules,
     adapters_off,
     attach_adapter,
     count_parameters,
@@ -31,6 +32,7 @@ from lorafit.inject import (
     mark_only_lora_as_trainable,
     merge_lora,
     trained_biases,
+    unmerge_lora,
 )
 from lorafit.lora import LoRAEmbedding
 from lorafit.quant import load_base_model
@@ -162,6 +164,22 @@ def test_a_merged_model_is_plain_and_computes_the_same_also_when_it_is_saved(
     model.save_pretrained(tmp_path / "m")
     again = type(model).from_pretrained(tmp_path / "m").eval()  # tied weights that have come apart stay apart
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+def test_unmerging_is_exact(family: str, options: dict[str, Any]) -> None:
+    model = trained(build(family), **options)
+    before, expected = [(name, id(module)) for name, module in model.named_modules()], logits(model)
+    tied = model.config.tie_word_embeddings
+    for _ in range(2):
+        merge_lora(model, keep=True)
+        assert not adapter_modules(model)
+        unmerge_lora(model)
+        assert torch.equal(logits(model), expected)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+    assert model.config.tie_word_embeddings == tied
+    with pytest.raises(InputError, match="keep=True"):
+        unmerge_lora(merge_lora(model))
 
 
 def test_only_what_belongs_to_the_adapter_is_trained() -> None:
