@@ -74,6 +74,10 @@ class Adapters:
                     raise InputError(f"adapter {name!r} is not one of this model: {place} is another layer")
         self._adapters[name] = adapter
 
+    def get(self, name: str) -> Adapter:
+        """The adapter of that name, as it was when it was last out of use. Raises InputError when there is none."""
+        return self._find(name)
+
     def use(self, name: str | None) -> None:
         """Let the model compute with this adapter; None: with the base alone, bit for bit.
 
