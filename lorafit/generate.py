@@ -414,13 +414,14 @@ def label(request: Request, asked: Sequence[Request]) -> Any:
 def chat(session: Session) -> None:
     """Answer what is typed until the input ends; the conversation is kept."""
     from lorafit.data import Turn
+    from lorafit.tables import visible
 
     name = session.defaults[0]
     turns: list[Turn] = []
     session.terminal.print("/help lists what else can be typed.", style="dim")
     while True:
         try:
-            line = input("> ").strip()
+            line = input(f"{visible(name or 'base')}> ").strip()
         except EOFError:
             session.terminal.print()
             return
