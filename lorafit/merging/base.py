@@ -25,7 +25,15 @@ from transformers.utils import cached_file
 from lorafit.errors import InputError
 from lorafit.fingerprint import fingerprint_of
 from lorafit.merging.files import INDEX, FileWeights, Planned, Weights
-from lorafit.merging.skeleton import aliases, as_dtype, lend_weights, only_multiplies, place_of, skeleton
+from lorafit.merging.skeleton import (
+    aliases,
+    as_dtype,
+    give_memory_back,
+    lend_weights,
+    only_multiplies,
+    place_of,
+    skeleton,
+)
 from lorafit.quant import BaseReport, Quantization, is_quantized, quantize_as_read, resolve, to_dtype
 
 
@@ -76,6 +84,7 @@ def open_base(
         why = f"it computes on {device}"
     if why is None:
         assert files is not None
+        give_memory_back()
         wanted = to_dtype(dtype) or (quant.compute_dtype if quant is not None else None) or _own_dtype(config, files)
         model = skeleton(config, wanted, attention=attention)
         tied = aliases(model)
