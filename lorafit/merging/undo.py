@@ -80,6 +80,7 @@ class UndoWriter:
     def see(self, name: str, merged: Tensor) -> None:
         """Note what leads from a tensor of the merged model back to the one before."""
         if name not in self.candidate.before:
+            self.notes[name] = {"sha256": sha256(merged)}
             return
         before, adapted = self.candidate.before[name].make(), adapter_of(self.adapted, name)
         old, new = rows_of(before, adapted)[0], rows_of(merged, adapted)[0]
@@ -144,8 +145,10 @@ def read_undo(folder: Path) -> tuple[dict[str, Planned], dict[str, dict[str, str
         raise InputError(f"{str(folder / UNDO)!r} does not say what it holds: {error!r}") from error
 
 
-def restore(name: str, merged: Tensor, adapted: Any, content: Tensor, note: Mapping[str, str]) -> Tensor:
+def restore(name: str, merged: Tensor, adapted: Any, content: Tensor | None, note: Mapping[str, str]) -> Tensor:
     """The tensor before the merge. Raises InputError when its hash is not the one that was noted."""
+    if content is None:  # the merge did not change it
+        return _checked(name, merged, note)
     try:
         off = torch.from_numpy(
             np.frombuffer(zlib.decompress(content.numpy().tobytes()), dtype=np.dtype(note["width"])).copy()
@@ -161,6 +164,10 @@ def restore(name: str, merged: Tensor, adapted: Any, content: Tensor, note: Mapp
     found = torch.cat(parts) if parts else rows
     found = rows_of(found, adapted)[0] if isinstance(adapted, LoRALinear) else found
     found = found.reshape(merged.shape).contiguous()
+    return _checked(name, found, note)
+
+
+def _checked(name: str, found: Tensor, note: Mapping[str, str]) -> Tensor:
     if sha256(found) != note["sha256"]:
         raise InputError(
             f"{name} does not come back as it was: the merged folder or the adapter is not the one of the merge"
