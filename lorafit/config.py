@@ -174,8 +174,9 @@ def _take_over(plain: dict[str, Any], given: set[str]) -> None:
     if not isinstance(first, str):
         return  # for `check` to name
     folder = find_adapter(os.path.expanduser(first))
-    settings = read_record(folder).get("settings") or {}
-    if "${" in json.dumps(settings):  # a stranger's file, which is not to be computed with
+    record = read_record(folder)
+    settings = record.get("settings") or {}
+    if "${" in json.dumps([settings, record.get("dtype")]):  # a stranger's file, which is not to be computed with
         raise InputError(f"adapter {first!r}: the settings in its lorafit.json hold an interpolation (${{…}})")
     for section, keys in _RECORDED.items():
         recorded = settings.get(section) or {}
@@ -191,6 +192,8 @@ def _take_over(plain: dict[str, Any], given: set[str]) -> None:
         plain["model"]["name"] = name
     if not any(key.partition(".")[0] == "quant" for key in given) and "quant" in settings:
         plain["quant"] = settings["quant"]
+    if "save.dtype" not in given and record.get("dtype"):
+        plain["save"]["dtype"] = record["dtype"]  # a smaller adapter, or several in one, stays as small a file
     if "seed" not in given and "seed" in settings:
         plain["seed"] = settings["seed"]
     for key in ("rank", "alpha"):

@@ -51,10 +51,8 @@ def model_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             f"{_number(saved['kl'])} nats per token.",
         ]
     if cut := record.get("cut_from"):
-        lines += [
-            "",
-            f"Cut down from rank {cut.get('rank')} ({', '.join(f'{key} {value}' for key, value in cut.items())}).",
-        ]
+        numbers = ", ".join(f"{key} {_number(value)}" for key, value in cut.items() if key != "rank")
+        lines += ["", f"Cut down from rank {cut.get('rank')} ({numbers})."]
     lines += ["", "```python"]
     if rounded:
         lines += [
