@@ -1,4 +1,4 @@
-"""What a merge of a large model takes: a random Llama of about a gigabyte, merged by the program in a process of its own.
+"""What a merge of a large model takes: a random Llama of about 1 GB, merged by the program in its own process.
 
     python scripts/bench_merge.py                        16 bits and nf4, 1 GB
     python scripts/bench_merge.py --gigabytes 2 --quant nf4 --rows 16
@@ -42,7 +42,8 @@ config.save_pretrained(folder)
 model = skeleton(config, torch.bfloat16)
 
 def made(shape):
-    return lambda: torch.randn(shape, dtype=torch.bfloat16) * 0.02 if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16)
+    kind = dict(dtype=torch.bfloat16)
+    return lambda: torch.randn(shape, **kind) * 0.02 if len(shape) > 1 else torch.ones(shape, **kind)
 
 tensors = {{n: Planned(torch.bfloat16, tuple(p.shape), made(tuple(p.shape))) for n, p in model.state_dict().items()}}
 print(write_shards(folder, tensors, 5 * 10**8))
@@ -62,7 +63,8 @@ import atexit, re, resource, sys
 
 def peak():
     status = open("/proc/self/status").read()
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, re.search(r"VmHWM:\\s+(\\d+)", status)[1], file=sys.stderr)
+    high = re.search(r"VmHWM:\\s+(\\d+)", status)[1]
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, high, file=sys.stderr)
 
 atexit.register(peak)
 sys.argv = ["lorafit.merge", *sys.argv[1:]]
