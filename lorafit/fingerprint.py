@@ -22,7 +22,7 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     another range, so that what falls out of it changes the hash.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(parameters):
+    for name, parameter in sorted(parameters, key=lambda entry: entry[0]):
         flat = parameter.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
         sample = flat[places.to(flat.device)].cpu()
