@@ -334,8 +334,9 @@ def answer_batches(session: Session, asked: list[Request]) -> None:
     @contextlib.contextmanager
     def around(rows: list[int]) -> Iterator[None]:
         began = time.perf_counter()
-        mixed = session.adapters.mixed([asked[row].adapter for row in rows])
-        with mixed if len(names) > 1 else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if len(names) > 1:
+                stack.enter_context(session.adapters.mixed([asked[row].adapter for row in rows]))
             yield
         for row in rows:
             asked[row].seconds = round(time.perf_counter() - began, 3)
