@@ -187,8 +187,8 @@ def _take_over(plain: dict[str, Any], given: set[str]) -> None:
         name = (settings.get("model") or {}).get("name") or read_config(folder).base_model
         if not name:
             raise InputError(f"adapter {first!r} names no base model: give model.name=NAME")
-        if "${" in name:
-            raise InputError(f"adapter {first!r} names an impossible base model, {name!r}")
+        if not isinstance(name, str) or "${" in name:
+            raise InputError(f"adapter {first!r} names an impossible base model, {str(name)[:200]!r}")
         plain["model"]["name"] = name
     if not any(key.partition(".")[0] == "quant" for key in given) and "quant" in settings:
         plain["quant"] = settings["quant"]

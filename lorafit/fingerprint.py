@@ -18,8 +18,7 @@ SAMPLES = 64
 def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A SHA-256 over the names, the shapes and 64 evenly spaced values of each parameter, in the order of the names.
 
-    Floating values are compared as bfloat16, to which a model may have been rounded when it was loaded; float16 has
-    another range, so that what falls out of it changes the hash.
+    Floating values are compared as bfloat16, to which a model may have been rounded when it was loaded.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters, key=lambda entry: entry[0]):

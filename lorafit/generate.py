@@ -18,6 +18,8 @@ answered).
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from lorafit.serving import Adapters
 
 COMBINED = "combined"
+ROWS, TEXT = (".jsonl", ".ndjson"), (".txt", "")  # suffixes of a file of prompts
 ANSWER = "."  # stands where the answer will come: an example has one
 COMMANDS = {
     "/new": "forget the conversation",
@@ -138,8 +141,10 @@ def require_something_to_do(config: Config) -> None:
             raise InputError("combine.rank belongs to a combination: choose combine.method=svd")
     elif config.adapter is None:
         raise InputError("combine.method: there is no adapter to combine: give 'adapter=[A,B]'")
-    if config.out is not None and Path(config.out).exists():
-        raise InputError(f"out: {config.out!r} is there already: name a folder that is not, or remove it")
+    if config.out is not None:
+        from lorafit.merging import require_new
+
+        require_new(config.out)
     if options.system is not None and config.data.system == "drop":
         raise InputError(
             "generate.system: data.system=drop leaves every system text out. Take data.system=keep or fold"
@@ -181,15 +186,20 @@ def read_prompts(config: Config, names: Sequence[str]) -> list[tuple[Example, li
     path = Path(config.generate.prompts)
     if not path.is_file():
         raise InputError(f"generate.prompts: no file {str(path)!r}.{near_path(str(path))}")
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+    if path.suffix.lower() not in (*ROWS, *TEXT):
+        raise InputError(
+            f"generate.prompts: {str(path)!r} is neither a .txt file (a prompt per line) nor a .jsonl file (a row per line)"
+        )
+    if path.suffix.lower() in ROWS:
         found = [row_prompt(row, config.generate.system, names) for row in _rows(path)]
     else:
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            # at "\n" alone, as jsonl is: a prompt may hold U+2028 or a form feed
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"generate.prompts: {str(path)!r} is not UTF-8 text ({error.reason})") from None
         found = [
-            (as_example([Turn("user", line)], config.generate.system, f"{path}:{number}"), None)
+            (as_example([Turn("user", line.removesuffix("\r"))], config.generate.system, f"{path}:{number}"), None)
             for number, line in enumerate(lines, start=1)
             if line.strip()
         ]
@@ -419,13 +429,21 @@ def chat(session: Session) -> None:
 
     name = session.defaults[0]
     turns: list[Turn] = []
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # what cannot be decoded comes as surrogates: an error would lose what was read ahead with it
+        sys.stdin.reconfigure(errors="surrogateescape")
     session.terminal.print("/help lists what else can be typed.", style="dim")
     while True:
         try:
             line = input(f"{visible(name or 'base')}> ").strip()
+            line.encode()
         except EOFError:
             session.terminal.print()
             return
+        except UnicodeError:
+            text = "the line has bytes that are not UTF-8, so it is left out: type it again"
+            session.terminal.print(said(text, "red"), soft_wrap=True)
+            continue
         if line.startswith("/"):
             command, _, rest = line.partition(" ")
             if command == "/quit":

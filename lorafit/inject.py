@@ -21,10 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
-from lorafit.errors import InputError, did_you_mean
+from lorafit.errors import InputError, did_you_mean, reason
 from lorafit.lora import LoRAEmbedding, LoRALayer, LoRALinear, TrainedCopy, lora_scaling
 from lorafit.quant import base_report, disarm_repacking, head_names, linear_layers, logical_shape
 
@@ -135,25 +136,28 @@ def inject_lora(
     biased = [] if bias == "none" else _biases(model, names if bias == "lora_only" else None, saved)
     if bias != "none" and not biased:
         raise InputError(f"bias={bias}: {type(model).__name__} has no such bias to train")
+    layers |= {name: model.get_submodule(name) for name in saved}
     wrapped: dict[int, nn.Module] = {}
-    for name, base_layer in layers.items():
-        if id(base_layer) in wrapped:
-            continue
-        of_layer: dict[str, Any] = {"rank": by_pattern(ranks, name, rank), "alpha": by_pattern(alphas, name, alpha)}
-        of_layer |= {"variant": variant, "dtype": dtype, "adapter_dtype": adapter_dtype}
-        if isinstance(base_layer, nn.Embedding):
-            wrapped[id(base_layer)] = LoRAEmbedding(base_layer, **of_layer)
-        else:
-            wrapped[id(base_layer)] = LoRALinear(base_layer, dropout=dropout, **of_layer)
-    copies: dict[int, nn.Module] = {}
-    for name in saved:
-        module = model.get_submodule(name)
-        if id(module) not in copies:
-            copies[id(module)] = TrainedCopy(module)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for name, base_layer in layers.items():
+            if id(base_layer) in wrapped:
+                continue
+            of_layer: dict[str, Any] = {"rank": by_pattern(ranks, name, rank), "alpha": by_pattern(alphas, name, alpha)}
+            of_layer |= {"variant": variant, "dtype": dtype, "adapter_dtype": adapter_dtype}
+            if name in saved:
+                wrapped[id(base_layer)] = TrainedCopy(base_layer)
+            elif isinstance(base_layer, nn.Embedding):
+                wrapped[id(base_layer)] = LoRAEmbedding(base_layer, **of_layer)
+            else:
+                wrapped[id(base_layer)] = LoRALinear(base_layer, dropout=dropout, **of_layer)
+    except InputError:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
     originals = {name: (parameter, parameter.detach().clone()) for name, parameter in biased}
-    for name in (*names, *saved):  # nothing can fail from here on
-        module = model.get_submodule(name)
-        model.set_submodule(name, wrapped.get(id(module)) or copies[id(module)])
+    for name, base_layer in layers.items():  # nothing can fail from here on
+        model.set_submodule(name, wrapped[id(base_layer)])
     if originals:
         model.lorafit_biases = originals  # type: ignore[assignment]
     return names
@@ -161,10 +165,18 @@ def inject_lora(
 
 def means(pattern: str, name: str) -> bool:
     """Whether an entry of rank_pattern or alpha_pattern speaks of the layer: peft's rule."""
+    return matched(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def matched(pattern: str, name: str) -> Any:
+    """The match of an expression at the start of a name, or None. The expression may be a stranger's: one that takes
+    longer than two seconds, as some nested ones do for ever, is an InputError, as is one that is none."""
     try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error as error:
-        raise InputError(f"pattern {pattern!r} is no regular expression ({error})") from error
+        return regex.match(pattern, name, timeout=2)
+    except TimeoutError as error:
+        raise InputError(f"the expression {pattern[:80]!r} takes too long on a name of {len(name)} letters") from error
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
+        raise InputError(f"{pattern[:80]!r} is no regular expression ({reason(error)[:80]})") from error
 
 
 def by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:

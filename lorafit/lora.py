@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lorafit.errors import InputError, did_you_mean
 from lorafit.quant import compute_dtype, dequantize, features, is_linear, is_quantized, plain_dtype, plain_layer
@@ -268,9 +269,9 @@ class TrainedCopy(nn.Module):
         self.train(base_layer.training)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        floating = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
-        result = self.trained(*(x.float() if any(x is y for y in floating) else x for x in inputs), **named)
-        return result.to(floating[0].dtype if floating else self.dtype) if isinstance(result, Tensor) else result
+        given = [x for x in tree_leaves((inputs, named)) if isinstance(x, Tensor) and x.is_floating_point()]
+        inputs, named = _cast((inputs, named), torch.float32)
+        return _cast(self.trained(*inputs, **named), given[0].dtype if given else self.dtype)
 
     def merge(self) -> nn.Module:
         """The trained module as a plain one, in the dtype of the original. This one stays as it was."""
@@ -281,6 +282,11 @@ class TrainedCopy(nn.Module):
             return super().__getattr__(name)
         except AttributeError:  # what a model asks of its head or its embedding: weight, num_embeddings, …
             return getattr(super().__getattr__("trained"), name)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors among nested values in another dtype."""
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, values)
 
 
 LoRALayer = (LoRALinear, LoRAEmbedding)

@@ -30,7 +30,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from lorafit.checkpoint import random_state, set_random_state
 from lorafit.data.loader import Batch
 from lorafit.errors import InputError, did_you_mean
-from lorafit.inject import inject_lora, load_lora_state_dict, lora_state_dict, mark_only_lora_as_trainable
+from lorafit.inject import (
+    inject_lora,
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    trained_biases,
+)
 from lorafit.loss import supervised_loss
 from lorafit.quant import load_base_model
 
@@ -162,6 +168,13 @@ class FinetuneModule(L.LightningModule):
                 adapter_dtype=h.adapter_dtype,
             )
         mark_only_lora_as_trainable(model)
+        for name, (parameter, _) in trained_biases(model).items():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise InputError(
+                    f"bias={h.bias}: {name} is held in {dtype}, which rounds most steps of training away. "
+                    "Give model.dtype=float32 as well"
+                )
         if h.checkpointing == "full":
             # non-reentrant: gradients reach the adapters although the embeddings below are frozen
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]

@@ -113,7 +113,8 @@ class Quantization:
 @dataclass
 class BaseReport:
     """What loading did: which linear layers were quantized, and which stayed in 16 bits and why. fingerprint: of the
-    parameters before they were quantized (see fingerprint.py); None where there are none, on the meta device."""
+    parameters before they were quantized (see fingerprint.py); None where those cannot be told: on the meta device, for
+    a model that came quantized, and for one of more than float16 that was loaded as float16."""
 
     name: str
     quant: Quantization | None
@@ -458,7 +459,9 @@ def load_base_model(
             raise InputError(f"model.init must be pretrained or random, got {init!r}")
     model.requires_grad_(False)
     report = BaseReport(name=str(name), quant=quant)
-    if not any(parameter.is_meta for parameter in model.parameters()):
+    # codes of a model that was quantized elsewhere say nothing of its 16-bit weights, and float16 rounds otherwise
+    told = not prequantized and (model.dtype != torch.float16 or getattr(config, "dtype", None) == torch.float16)
+    if told and not any(parameter.is_meta for parameter in model.parameters()):
         report.fingerprint = fingerprint_of(model.named_parameters())
     if prequantized:
         _note_quantized(model, report)

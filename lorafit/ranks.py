@@ -81,9 +81,9 @@ def check_request(config: Config) -> Path:
         if value is not None and config.out is None:
             raise InputError(f"{key}={value} says how to cut the adapter, not where to: give out=DIR as well")
     if config.out is not None:
-        out = Path(config.out)
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise InputError(f"out: {config.out!r} exists and is not empty: give a new folder")
+        from lorafit.merging import require_new
+
+        require_new(config.out)
     return next(iter(folders.values()))
 
 

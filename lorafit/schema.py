@@ -339,6 +339,7 @@ def _check_values(config: Config) -> Iterable[str]:
     yield from _check_pattern(
         "alpha_pattern", config.alpha_pattern, "positive number", lambda v: _within(v, 1e-12, float("inf"))
     )
+    yield from _check_rounding(config)
     yield from _check_adapter_keys(config)
     if _is_int(config.seed) and config.seed >= 2**32:
         yield f"seed must be below 2**32, got {config.seed}"
@@ -404,6 +405,12 @@ def _check_values(config: Config) -> Iterable[str]:
             yield "logger.mode and logger.project must be set for wandb: choose logger=wandb"
         if logger.type == "csv" and dataclasses.replace(logger, tags=[]) != Logger(type="csv"):
             yield "logger.type csv takes no other keys: choose logger=wandb with them"
+
+
+def _check_rounding(config: Config) -> Iterable[str]:
+    trained, stored = config.adapter_dtype, config.save.dtype
+    if trained != "float32" and stored not in (trained, "float32"):
+        yield f"save.dtype must be {trained} or float32: the adapter is trained as {trained} holds it, got {stored!r}"
 
 
 def _check_pattern(key: str, pattern: Any, wanted: str, good: Callable[[Any], bool]) -> Iterable[str]:

@@ -97,9 +97,7 @@ def adapter_notes(model: Any) -> list[str]:
     if whole := [name for name, module in adapter_modules(model).items() if isinstance(module, TrainedCopy)]:
         notes.append(f"trained whole: {', '.join(whole)}")
     if biases := trained_biases(model):
-        dtype = str(next(iter(biases.values()))[0].dtype).removeprefix("torch.")
-        note = f"{len(biases)} biases of the base are trained, in {dtype}"
-        notes.append(note + (", which rounds small steps away" if dtype != "float32" else ""))
+        notes.append(f"{len(biases)} biases of the base are trained")
     if (kind := adapter_dtype(model)) != "float32":
         notes.append(f"A and B multiply as {kind} holds them, and are saved so")
     return notes

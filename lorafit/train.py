@@ -234,7 +234,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         ]
         write_samples(folder / "samples.jsonl", samples)
         metrics["speed"]["total_seconds"] = round(time.perf_counter() - began, 3)
-        if config.save.dtype != config.adapter_dtype:
+        if config.save.dtype != config.adapter_dtype == "float32":  # what was trained rounded is stored as it was used
             metrics["saved"] = {"dtype": config.save.dtype, "bytes": adapter_bytes(model, config.save.dtype)}
             metrics["saved"] |= measure_rounding(model, data.eval_batches(), config.save.dtype)
         save_adapter(

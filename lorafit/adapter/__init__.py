@@ -106,7 +106,7 @@ def save_adapter(
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         config = write(model, name)
-        state = _to_peft(model, lora_state_dict(model))
+        state = _to_peft(model, _as_used(model))
         factors = {key for key in state if ".lora_" in key}
         file_name, content = weights_bytes(state, dtype, factors)
         write_atomically(draft / file_name, lambda file: file.write(content))
@@ -133,6 +133,15 @@ def save_adapter(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _as_used(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter as it multiplies: rounded factors as rounded, not the finer weights that training keeps."""
+    state = lora_state_dict(model)
+    for name, layer in lora_layers(model).items():
+        for factor in ("lora_A", "lora_B"):
+            state[f"{name}.{factor}.weight"] = getattr(layer, factor).value().detach()
+    return state
 
 
 def adapter_dtype(model: nn.Module) -> str:
@@ -200,10 +209,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, allow_other_base: bool
     if not allow_other_base:
         _require_base(model, record, folder)
     names, saved = adapted_names(model, config, str(folder / CONFIG))
-    tensors = _from_peft(model, tensors, path)
+    tensors = _from_peft(model, tensors, saved, path)
     rank_pattern = {key: value for key, value in config.rank_pattern.items() if any(means(key, n) for n in names)}
     alpha_pattern = {key: value for key, value in config.alpha_pattern.items() if any(means(key, n) for n in names)}
-    _compare_shapes(model, names, config.rank, rank_pattern, tensors)
+    _compare_shapes(model, names, saved, config.rank, rank_pattern, tensors)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     injected = inject_lora(
         model,
@@ -255,9 +264,9 @@ def _require_base(model: nn.Module, record: Mapping[str, Any], folder: Path) -> 
     report = base_report(model)
     there = f" {report.name!r}" if report else ""
     raise InputError(
-        f"adapter {str(folder)!r} was trained on another base than{there}: on {record.get('base_model')!r} in "
-        f"{record.get('base_dtype')}, by its fingerprint of names, shapes and values. Give model.name=THAT, or "
-        "allow_other_base=true if you know better"
+        f"adapter {str(folder)!r} was trained on another base than{there}: on {str(record.get('base_model'))[:200]!r}, "
+        "by its fingerprint of names, shapes and values. Give model.name=THAT, or allow_other_base=true if you know "
+        "better"
     )
 
 
@@ -277,24 +286,37 @@ def _to_peft(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return named
 
 
-def _from_peft(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _from_peft(model: nn.Module, tensors: Mapping[str, Tensor], saved: Iterable[str], path: Path) -> dict[str, Tensor]:
     """The names of the file to ours, without the unchanged base weights that peft saves beside an adapted embedding."""
     own: dict[str, Tensor] = {}
-    base = dict(model.named_parameters())
+    base = dict(model.named_parameters(remove_duplicate=False))
+    trained_whole = tuple(f"{name}." for name in saved)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         for factor in "AB":
             if name.endswith(f".lora_embedding_{factor}"):
                 name = f"{name.removesuffix(f'.lora_embedding_{factor}')}.lora_{factor}.weight"
+        name = name.replace(".modules_to_save.", ".")  # peft says a bias of such a module twice
         if name.endswith(".base_layer.bias"):
             name = f"{name.removesuffix('base_layer.bias')}bias"
-        elif name.endswith(".base_layer.weight"):
-            weight = base.get(f"{name.removesuffix('base_layer.weight')}weight")
-            if weight is None or weight.shape != tensor.shape or not torch.equal(weight.cpu().to(tensor.dtype), tensor):
+        of_base = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        is_bias = name.endswith(".bias") and name == of_base
+        if of_base in base and not is_bias and (name != of_base or not name.startswith(trained_whole or ("\0",))):
+            if not _same(base[of_base], tensor):
                 raise InputError(f"{path}: {key} is not the base's own weight: the adapter needs a changed base")
             continue
+        if name in own and not torch.equal(own[name], tensor):
+            raise InputError(f"{path}: {key} says anew what another tensor of the file says already")
         own[name] = tensor
     return own
+
+
+def _same(weight: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold one thing, be it that one of them was rounded to its dtype."""
+    weight = weight.detach().cpu()
+    return weight.shape == other.shape and (
+        torch.equal(weight.to(other.dtype), other) or torch.equal(weight, other.to(weight.dtype))
+    )
 
 
 def _exactly(name: str) -> str:
@@ -302,10 +324,21 @@ def _exactly(name: str) -> str:
 
 
 def _compare_shapes(
-    model: nn.Module, names: Iterable[str], rank: int, ranks: Mapping[str, int], tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    names: Iterable[str],
+    saved: Iterable[str],
+    rank: int,
+    ranks: Mapping[str, int],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Raise InputError where A and B of the file are not what the configuration claims, before any is made."""
-    problems = []
+    problems = [
+        f"missing {name}.{key}"
+        for name in saved
+        for key, _ in model.get_submodule(name).named_parameters()
+        if f"{name}.{key}" not in tensors
+    ]
+    shared: set[int] = set()  # a layer under several names is in the file once
     for name in names:
         layer: Any = model.get_submodule(name)
         of_layer = by_pattern(ranks, name, rank)
@@ -317,8 +350,9 @@ def _compare_shapes(
             tensor = tensors.get(f"{name}.lora_{factor}.weight")
             if tensor is not None and tuple(tensor.shape) != shape:
                 problems.append(f"{name}.lora_{factor}.weight is {tuple(tensor.shape)}, not {shape}")
-            elif tensor is None and of_layer > max(inner, outer):
+            elif tensor is None and id(layer) not in shared:
                 problems.append(f"missing {name}.lora_{factor}.weight")
+        shared.add(id(layer))
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise InputError(f"the adapter does not fit the model: {'; '.join(problems[:8])}{more}")

@@ -45,6 +45,7 @@ def find_adapter(name: str) -> Path:
     """
     folder = Path(name)
     if folder.is_dir():
+        _require_adapter(folder)
         return folder
     if folder.exists():
         raise InputError(f"adapter {name!r} is a file: give the folder that holds it")
@@ -56,6 +57,18 @@ def find_adapter(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, *WEIGHT_FILES, PROVENANCE]))
     except Exception as error:  # the hub's errors have no common root
         raise InputError(f"adapter: no folder {name!r}, and the hub does not give it: {reason(error)}") from error
+
+
+def _require_adapter(folder: Path) -> None:
+    """Raise InputError where a folder is no adapter's, with what it is instead."""
+    if (folder / CONFIG).exists():
+        return
+    hint = ""
+    if (folder / "adapter" / CONFIG).is_file():
+        hint = f": it is a run. Did you mean {str(folder / 'adapter')!r}?"
+    elif (folder / "config.json").is_file():
+        hint = ": it is a model, no adapter"
+    raise InputError(f"adapter folder {str(folder)!r} has no {CONFIG}{hint}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -115,18 +128,20 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         if metadata and metadata.get("format") != "pt":
             raise InputError(f"{path}: the format of its tensors is {metadata.get('format')!r}, not 'pt'")
         tensors = safetensors.torch.load_file(path)
+        if odd := [name for name in tensors if not name.isprintable()]:
+            raise InputError(f"{path}: {odd[0][:80]!r} is no name of a tensor")
+        stored = from_metadata(metadata)
+        values = {name: dequantize(from_tensors(name, tensors, kind, shape)) for name, (kind, shape) in stored.items()}
+        parts = {key for name in stored for key in (name, name + SCALES)}
+        values |= {name: tensor for name, tensor in tensors.items() if name not in parts}
     except InputError:
         raise
     except Exception as error:  # a damaged header comes as an error of any kind
-        raise InputError(f"{path} cannot be read as safetensors: {reason(error)}") from error
-    stored = from_metadata(metadata)
-    values = {name: dequantize(from_tensors(name, tensors, kind, shape)) for name, (kind, shape) in stored.items()}
-    parts = {key for name in stored for key in (name, name + SCALES)}
-    values |= {name: tensor for name, tensor in tensors.items() if name not in parts}
+        raise InputError(f"{path} cannot be read as safetensors: {reason(error)[:200]}") from error
     wrong = [name for name, tensor in values.items() if not tensor.is_floating_point()]
     if wrong:
         raise InputError(f"{path}: {wrong[0]} holds {values[wrong[0]].dtype}, no floating-point numbers")
-    wrong = [name for name, tensor in values.items() if not bool(torch.isfinite(tensor).all())]
+    wrong = [name for name, tensor in values.items() if not bool(torch.isfinite(tensor.float()).all())]
     if wrong:
         raise InputError(f"{path}: {', '.join(wrong[:3])} holds values that are not finite")
     return values

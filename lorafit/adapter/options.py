@@ -6,7 +6,6 @@ is passed over; any other option that is not off is refused, those of future ver
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import InputError
-from lorafit.inject import ALL_LINEAR, BIASES, adapter_modules, find_targets, lora_layers, trained_biases
+from lorafit.inject import ALL_LINEAR, BIASES, adapter_modules, find_targets, lora_layers, matched, trained_biases
 from lorafit.lora import LoRALinear, TrainedCopy
 from lorafit.quant import linear_layers
 
@@ -63,15 +62,20 @@ def parse(config: Any, where: str) -> AdapterConfig:
     """From the JSON of a file. Raises InputError, led by `where`, for what is missing, impossible or unknown."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{where}: peft_type is {kind!r}, only LORA is read")
+        raise InputError(f"{where}: peft_type is {_shown(kind)}, only LORA is read")
+    if odd := [key for key in config if not key.isprintable()]:
+        raise InputError(f"{where}: {_shown(odd[0])} is no option of peft")
     absent = [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
     if absent:
         raise InputError(f"{where}: {', '.join(absent)} is missing")
-    used = [f"{key}={value!r}" for key, value in config.items() if key not in READ and value not in OFF]
+    used = [
+        f"{_shown(key)[1:-1]}={_shown(value)}" for key, value in config.items() if key not in READ and value not in OFF
+    ]
     if config.get("init_lora_weights", True) not in HARMLESS_INITS:
-        used.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base)")
+        used.append(f"init_lora_weights={_shown(config['init_lora_weights'])} (it changes the base)")
     if used:
-        raise InputError(f"{where}: options that lorafit cannot apply: {', '.join(used)}")
+        more = f" and {len(used) - 8} more" if len(used) > 8 else ""
+        raise InputError(f"{where}: options that lorafit cannot apply: {', '.join(used[:8])}{more}")
 
     def value(key: str, good: Any, wanted: str, otherwise: Any = None) -> Any:
         found = config.get(key)
@@ -120,7 +124,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and 0 < value < math.inf
+    return _is_number(value) and 0 < value < 1e9  # a number of JSON may be larger than any float
 
 
 def _is_text(value: Any) -> bool:
@@ -148,7 +152,7 @@ def adapted_names(model: nn.Module, config: AdapterConfig, where: str) -> tuple[
     ends = tuple(config.modules_to_save)
     saved = [name for name in names if ends and name.endswith(ends)]
     saved = [name for name in saved if not any(name.startswith(f"{other}.") for other in saved)]
-    inside = (*saved, *(f"{name}." for name in saved))
+    inside = tuple(f"{name}." for name in saved)
     if config.target_modules == "all-linear":
         found = find_targets(model, ALL_LINEAR, without=saved)
     else:
@@ -159,7 +163,10 @@ def adapted_names(model: nn.Module, config: AdapterConfig, where: str) -> tuple[
         found = [
             name
             for name in names
-            if name in possible and not (inside and name.startswith(inside)) and _targeted(name, config, where)
+            if name in possible
+            and name not in saved
+            and not (inside and name.startswith(inside))
+            and _targeted(name, config, where)
         ]
     excluded = _matching(config.exclude_modules, found, where)
     found = [name for name in found if name not in excluded]
@@ -172,9 +179,9 @@ def _matching(entries: str | Sequence[str], names: Iterable[str], where: str) ->
     """peft's rule: a text is an expression for the whole name, a list holds names or dotted ends of names."""
     if isinstance(entries, str):
         try:
-            return {name for name in names if re.fullmatch(entries, name)}
-        except re.error as error:
-            raise InputError(f"{where}: {_shown(entries)} is no regular expression ({error})") from error
+            return {name for name in names if matched(rf"(?:{entries})\Z", name)}
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
     ends = tuple(f".{entry}" for entry in entries)
     return {name for name in names if name in entries or (ends and name.endswith(ends))}
 
@@ -182,13 +189,13 @@ def _matching(entries: str | Sequence[str], names: Iterable[str], where: str) ->
 def _targeted(name: str, config: AdapterConfig, where: str) -> bool:
     if not _matching(config.target_modules, [name], where):
         return False
-    if config.layers is None or isinstance(config.target_modules, str):
-        return True
+    if config.layers is None or isinstance(config.target_modules, str) or name in config.target_modules:
+        return True  # as in peft, a full name is not asked for its layer
     found = None
     for pattern in config.layers_pattern or [r"[^.]*"]:
         start = r"(?:^|.*?\.)" if config.layers_pattern else r".*?\."
-        found = found or re.match(rf"{start}{pattern}\.(\d+)\.", name)
-    return found is not None and int(found[1]) in config.layers
+        found = found or matched(rf"{start}{pattern}\.(?P<layer_number>\d+)\.", name)
+    return found is not None and int(found["layer_number"]) in config.layers
 
 
 # ------------------------------------------------------------------------------------------------ writing
