@@ -188,7 +188,8 @@ def read_prompts(config: Config, names: Sequence[str]) -> list[tuple[Example, li
         raise InputError(f"generate.prompts: no file {str(path)!r}.{near_path(str(path))}")
     if path.suffix.lower() not in (*ROWS, *TEXT):
         raise InputError(
-            f"generate.prompts: {str(path)!r} is neither a .txt file (a prompt per line) nor a .jsonl file (a row per line)"
+            f"generate.prompts: {str(path)!r} is neither .txt, a prompt per line, nor .jsonl, a row per line: "
+            "write it as one of them"
         )
     if path.suffix.lower() in ROWS:
         found = [row_prompt(row, config.generate.system, names) for row in _rows(path)]

@@ -207,6 +207,14 @@ def test_a_text_file_holds_a_prompt_per_line(two: dict[str, Path]) -> None:
     assert [answer["answer"] for answer in answers] == [expected(two["law"], answer["prompt"]) for answer in answers]
 
 
+def test_a_text_file_is_split_where_a_line_ends_and_nowhere_else() -> None:
+    prompts = ["a\x0cb", "c\u2028d\x85e", "f\rg", "h"]
+    Path("p").write_bytes(("\ufeff" + "\r\n".join(prompts)).encode())
+    found = generate.read_prompts(compose(["generate.prompts=p"]), [])
+    assert [example.prompt for example, _ in found] == prompts
+    assert [example.where for example, _ in found] == ["p:1", "p:2", "p:3", "p:4"]
+
+
 def test_an_adapter_with_trained_biases_is_answered_apart_from_the_others(
     two: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +251,8 @@ def test_an_adapter_with_trained_biases_is_answered_apart_from_the_others(
         ("p.jsonl", '{"prompt": 1', "p.jsonl:1: "),
         ("p.jsonl", "", "generate.prompts: 'p.jsonl' holds no prompt"),
         ("p.txt", "\n \n", "generate.prompts: 'p.txt' holds no prompt"),
+        ("p.json", "[]", "generate.prompts: 'p.json' is neither .txt, a prompt per line, nor .jsonl, a row"),
+        ("p.parquet", "x", "generate.prompts: 'p.parquet' is neither .txt"),
         ("p.jsonk", "x", "generate.prompts: no file 'p.json'. Did you mean 'p.jsonk'?"),
     ],
 )
@@ -311,6 +321,18 @@ def test_a_conversation_that_grows_too_long_can_be_begun_anew(monkeypatch: pytes
     assert code == 0, err
     assert "the model has room for" in out and "/new begins anew" in out
     assert [answer["prompt"] for answer in answers] == [PROMPT]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_text_is_left_out_and_the_conversation_goes_on(
+    monkeypatch: pytest.MonkeyPatch, errors: str
+) -> None:
+    typed = f"{PROMPT}\n/new\n".encode() + b"caf\xe9\n/x\xff\n" + f"/new\n{PROMPT}\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8", errors=errors))
+    code, out, err, answers = generated("generate.chat=true")
+    assert code == 0, err
+    assert [answer["prompt"] for answer in answers] == [PROMPT, PROMPT]
+    assert out.count("the line has bytes that are not UTF-8, so it is left out") == 2
 
 
 def test_stopping_a_conversation_leaves_what_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,10 +409,17 @@ def test_what_cannot_be_done_is_said_in_one_line(overrides: list[str], said: str
     assert err.startswith(f"lorafit generate: {said}") and err.count("\n") == 1
 
 
-def test_a_folder_that_is_there_is_not_overwritten(two: dict[str, Path]) -> None:
+@pytest.mark.parametrize("out", ["sum", "file", ""])
+def test_a_folder_that_cannot_be_new_is_refused_before_anything_is_loaded(
+    two: dict[str, Path], monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.setattr(generate, "load_base", lambda _: pytest.fail("the model is loaded"))
     Path("sum").mkdir()
-    code, _, err, _ = generated(named(two), "combine.method=cat", "out=sum")
-    assert code == 2 and "out: 'sum' is there already" in err
+    Path("sum/notes").write_text("mine")
+    Path("file").write_text("mine")
+    code, _, err, _ = generated(named(two), "combine.method=cat", f"out={out}")
+    assert code == 2 and err.startswith("lorafit generate: out") and err.count("\n") == 1
+    assert Path("sum/notes").read_text() == Path("file").read_text() == "mine"
 
 
 def test_the_adapter_of_another_base_is_refused_in_one_line(two: dict[str, Path], tmp_path: Path) -> None:
