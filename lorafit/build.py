@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lorafit.module import FinetuneModule
 
 
+BASE = "base"  # how the model without an adapter is called, beside the names of adapters
+
+
 def is_main_process() -> bool:
     """Whether this process writes and prints. With several devices Lightning starts this command once for each."""
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
@@ -128,6 +131,21 @@ def require_no_adapter(config: Config) -> None:
         raise InputError("adapter: belongs to merge, evaluate, generate and ranks; a run is gone on with by resume=RUN")
 
 
+# The keys at the root that are for some of the programs that take an adapter. None is their value where not given.
+_OWN = {"prompt": ("generate",), "out": ("merge", "generate", "ranks"), "rank": ("ranks",), "energy": ("ranks",)}
+
+
+def refuse_foreign(config: Config, program: str) -> None:
+    """Raise InputError where the command sets a key that belongs to other programs: it would be ignored here."""
+    for key, programs in _OWN.items():
+        if key == "rank" and config.adapter is None:
+            continue  # without an adapter it is the default of a training
+        if program not in programs and getattr(config, key) is not None:
+            *others, last = programs
+            owners = f"{', '.join(others)} and {last}" if others else last
+            raise InputError(f"{key} belongs to {owners}; {program} does not take it: leave {key} out")
+
+
 def adapter_folders(config: Config) -> dict[str, Path]:
     """The adapters that the command names, by name: their own, or that of their folder."""
     from lorafit.adapter import find_adapter
@@ -136,17 +154,20 @@ def adapter_folders(config: Config) -> dict[str, Path]:
     if given is None:
         raise InputError("adapter is not set: give adapter=DIR, the folder of an adapter (RUN/adapter)")
     if isinstance(given, dict):
+        if BASE in given:
+            raise InputError(f"adapter: {BASE!r} is the word for no adapter: call that of {given[BASE]!r} otherwise")
         return {str(name): find_adapter(os.path.expanduser(folder)) for name, folder in given.items()}
     folders: dict[str, Path] = {}
     for entry in given if isinstance(given, list) else [given]:
-        path = Path(entry)
-        # every run calls its adapter's folder "adapter": then the run's name says more
-        name = path.parent.name if path.name == "adapter" and path.parent.name else path.name
-        if name in folders:
-            name = entry
-        if name in folders:
+        folder = find_adapter(os.path.expanduser(entry))
+        path = folder.resolve()
+        if path in (other.resolve() for other in folders.values()):
             raise InputError(f"adapter: {entry!r} is given twice")
-        folders[name] = find_adapter(os.path.expanduser(entry))
+        # what came from the hub lies in a folder that is called by a hash
+        called = path if Path(entry).expanduser().is_dir() else Path(entry)
+        # every run calls its adapter's folder "adapter": then the run's name says more
+        name = called.parent.name if called.name == "adapter" and called.parent.name else called.name
+        folders[next(word for word in (name, entry, str(path)) if word not in (BASE, *folders))] = folder
     return folders
 
 

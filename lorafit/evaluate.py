@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.build import adapter_folders, build_data, load_base
+from lorafit.build import adapter_folders, build_data, load_base, refuse_foreign
 from lorafit.config import Config, start
 from lorafit.measuring import measure, retention_text
 from lorafit.train import write_samples
@@ -36,6 +36,7 @@ def run(config: Config, folder: Path) -> None:
     from lorafit.tables import console, samples_table
     from lorafit.trainer import quiet_libraries
 
+    refuse_foreign(config, "evaluate")
     quiet_libraries()
     folders = adapter_folders(config)
     data = build_data(config)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.build import adapter_folders, load_base
+from lorafit.build import BASE, adapter_folders, load_base, refuse_foreign
 from lorafit.config import Config, settings_to_record, start
 from lorafit.errors import InputError, did_you_mean, near_path
 
@@ -91,6 +91,7 @@ def run(config: Config, folder: Path) -> None:
     from lorafit.tables import console
     from lorafit.trainer import quiet_libraries
 
+    refuse_foreign(config, "generate")
     quiet_libraries()
     require_something_to_do(config)
     folders = adapter_folders(config) if config.adapter is not None else {}
@@ -417,7 +418,7 @@ def label(request: Request, asked: Sequence[Request]) -> Any:
     """Who answers, where there are several."""
     if len({other.adapter for other in asked}) == 1:
         return said("")
-    return said(f"{'base' if request.adapter is None else request.adapter}: ", "dim")
+    return said(f"{BASE if request.adapter is None else request.adapter}: ", "dim")
 
 
 # ------------------------------------------------------------------------------------------------ chat
@@ -436,7 +437,7 @@ def chat(session: Session) -> None:
     session.terminal.print("/help lists what else can be typed.", style="dim")
     while True:
         try:
-            line = input(f"{visible(name or 'base')}> ").strip()
+            line = input(f"{visible(name or BASE)}> ").strip()
             line.encode()
         except EOFError:
             session.terminal.print()

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.build import adapter_folders, build_data, device_name, load_base, require_accelerator
+from lorafit.build import adapter_folders, build_data, device_name, load_base, refuse_foreign, require_accelerator
 from lorafit.config import Config, start, to_dict
 from lorafit.errors import InputError
 
@@ -40,13 +40,15 @@ def run(config: Config, folder: Path) -> None:
     from lorafit.tables import console, visible
     from lorafit.trainer import quiet_libraries
 
+    refuse_foreign(config, "merge")
     quiet_libraries()
     terminal = console()
     adapters = adapter_folders(config)
     if len(adapters) > 1:
         raise InputError(f"adapter: {len(adapters)} are given, one is merged: make one of them first, or name one")
     adapter = next(iter(adapters.values()))
-    out, limit = require_new(config.out), size(config.merge.max_shard_size)
+    merged = [Path(config.merge.unmerge)] if config.merge.unmerge is not None else []
+    out, limit = require_new(config.out, [adapter, *merged]), size(config.merge.max_shard_size)
     if config.merge.unmerge is not None:
         unmerge(config, adapter, out, folder)
         return

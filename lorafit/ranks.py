@@ -21,7 +21,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.build import adapter_folders, build_data, load_adapted
+from lorafit.build import adapter_folders, build_data, load_adapted, refuse_foreign
 from lorafit.config import Config, start
 from lorafit.errors import InputError
 
@@ -43,6 +43,7 @@ def run(config: Config, folder: Path) -> None:
     from lorafit.tables import console
     from lorafit.trainer import quiet_libraries
 
+    refuse_foreign(config, "ranks")
     quiet_libraries()
     terminal = console()
     source = check_request(config)

@@ -6,13 +6,14 @@ pytest tests/test_adapter_keys.py
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from programs import run_program
 
-from lorafit import audit, train
+from lorafit import audit, evaluate, generate, merge, ranks, train
 from lorafit.adapter import PROVENANCE, load_adapter, save_adapter
 from lorafit.build import adapter_folders, load_adapted
 from lorafit.config import compose, settings_to_record
@@ -76,6 +77,10 @@ def test_several_adapters_have_names(folder: Path, copy: Path) -> None:
     assert adapter_folders(compose([f"adapter={{a: {folder}, b: {copy}}}"])) == {"a": folder, "b": copy}
     with pytest.raises(InputError, match="given twice"):
         adapter_folders(compose([f"adapter=[{copy},{copy},{copy}]"]))
+    with pytest.raises(InputError, match="given twice"):
+        adapter_folders(compose([f"adapter=[{copy},{folder},{copy.parent}/./copy]"]))
+    with pytest.raises(InputError, match="'base' is the word for no adapter"):
+        adapter_folders(compose([f"adapter={{base: {folder}}}"]))
     with pytest.raises(InputError, match="adapter is not set: give adapter=DIR"):
         adapter_folders(compose([]))
 
@@ -134,6 +139,44 @@ def test_a_wrong_value_of_the_adapter_programs_is_one_line(overrides: list[str],
     with pytest.raises(InputError, match=message) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_called_by_its_folder_however_that_is_spelled(
+    folder: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert list(adapter_folders(compose(["adapter=."]))) == [folder.parent.name]
+    monkeypatch.chdir(copy)
+    assert list(adapter_folders(compose(["adapter=."]))) == ["copy"]
+    for parent in ("one", "copy", "base"):
+        shutil.copytree(copy, copy.parent / parent / "copy")
+    shutil.copytree(copy, copy.parent / "base" / "adapter")
+    monkeypatch.chdir(copy.parent)
+    # no two have one name, and none is called as the model without an adapter is
+    found = adapter_folders(compose(["adapter=[one/copy,copy,copy/copy,base/adapter]"]))
+    assert list(found) == ["copy", str(copy.resolve()), "copy/copy", "base/adapter"]
+
+
+@pytest.mark.parametrize(
+    ("program", "setting", "said"),
+    [
+        (evaluate, "prompt=x", "prompt belongs to generate; evaluate does not take it"),
+        (evaluate, "out=x", "out belongs to merge, generate and ranks; evaluate does not take it"),
+        (evaluate, "rank=2", "rank belongs to ranks; evaluate does not take it"),
+        (evaluate, "energy=0.9", "energy belongs to ranks; evaluate does not take it"),
+        (generate, "rank=2", "rank belongs to ranks; generate does not take it"),
+        (generate, "energy=0.9", "energy belongs to ranks; generate does not take it"),
+        (merge, "prompt=x", "prompt belongs to generate; merge does not take it"),
+        (merge, "rank=2", "rank belongs to ranks; merge does not take it"),
+        (merge, "energy=0.9", "energy belongs to ranks; merge does not take it"),
+        (ranks, "prompt=x", "prompt belongs to generate; ranks does not take it"),
+    ],
+)
+def test_a_setting_of_another_program_is_refused(
+    program: Any, setting: str, said: str, folder: Path, tmp_path: Path
+) -> None:
+    code, _, err = run_program(program, f"adapter={folder}", f"hydra.run.dir={tmp_path}", setting)
+    assert code == 2 and said in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("program", [train, audit])
