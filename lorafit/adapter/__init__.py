@@ -240,7 +240,7 @@ def base_fingerprint(model: nn.Module) -> str | None:
     """The fingerprint of the base below the adapter of `model`, before it was quantized; None where that is unknown:
     on the meta device, and for a model that was quantized elsewhere."""
     report = base_report(model)
-    if report is not None and report.fingerprint is not None:
+    if report is not None:
         return report.fingerprint
     if any(parameter.is_meta for parameter in model.parameters()) or any(map(is_quantized, model.modules())):
         return None

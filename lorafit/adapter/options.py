@@ -120,7 +120,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return _is_int(value) and value > 0
+    return _is_int(value) and 0 < value < 2**31
 
 
 def _is_alpha(value: Any) -> bool:
