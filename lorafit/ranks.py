@@ -207,6 +207,7 @@ def write_smaller(
 ) -> dict[str, Any]:
     """Cut the adapter, write it to `out`, read it back and measure that; return what ranks.json says of it."""
     from lorafit.adapter import load_adapter, read_record, save_adapter
+    from lorafit.adapter.files import weights_file
     from lorafit.inject import adapters_off, detach_adapter
     from lorafit.measuring import measure, retention_text
     from lorafit.retention import measure_retention
@@ -252,6 +253,7 @@ def write_smaller(
         "energy": config.energy,
         "ranks": ranks,
         "parameters": sum(modules[name]["parameters"] // modules[name]["rank"] * ranks[name] for name in ranks),
+        "bytes": weights_file(Path(config.out)).stat().st_size,
         "base": base,
         "whole": whole,
         "smaller": after,
@@ -324,6 +326,8 @@ def _range(values: Sequence[int]) -> str:
 
 def verdict(found: Mapping[str, Any]) -> str:
     """The recommendation in a sentence or two."""
+    from lorafit.memory import human
+
     rank, highest = found["recommended_rank"], max(found["loss_by_rank"])
     if not found["gains"]:
         text = (
@@ -341,7 +345,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     if cut is None:
         return text
     size = (
-        f"rank {_range(list(cut['ranks'].values()))}, {cut['parameters'] / found['parameters']['now']:.0%} of the size"
+        f"rank {_range(list(cut['ranks'].values()))}, {cut['parameters'] / found['parameters']['now']:.0%} "
+        f"of the parameters, {human(cut['bytes'])}"
     )
     outcome = ", ".join(
         f"{key.replace('_', ' ')} {value:.4g} (whole {cut['whole'][key]:.4g}, base {cut['base'][key]:.4g})"

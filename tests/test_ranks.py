@@ -25,6 +25,7 @@ from lorafit.build import build_data
 from lorafit.config import compose
 from lorafit.evaluation import evaluate_loss
 from lorafit.inject import adapters_off, inject_lora, lora_layers, lora_state_dict
+from lorafit.memory import human
 from lorafit.quant import load_base_model
 from lorafit.ranks import even_ranks, ranks_picture, ranks_tables, recommend, study, untried, verdict
 from lorafit.spectrum import cut
@@ -275,7 +276,10 @@ def test_the_smaller_adapter_is_what_was_measured(
     assert record["cut_from"]["rank"] == 8
     assert record["cut_from"]["loss"] == pytest.approx(found["full_loss"], rel=1e-6)
     assert f"{loss:.4g}" in (out / "README.md").read_text()
-    assert "Written to" in printed
+    [weights] = out.glob("*.safetensors")
+    assert found["cut"]["bytes"] == weights.stat().st_size
+    share = f"{parameters / found['parameters']['now']:.0%} of the parameters"
+    assert f"{share}, {human(weights.stat().st_size)})" in " ".join(printed.split())
 
 
 def test_layers_of_several_ranks_and_embeddings_are_cut_and_read_back(tmp_path: Path) -> None:
@@ -300,6 +304,8 @@ def test_layers_of_several_ranks_and_embeddings_are_cut_and_read_back(tmp_path: 
         (["rank=2"], "rank=2 says how to cut the adapter, not where to"),
         (["energy=0.9"], "energy=0.9 says how to cut the adapter, not where to"),
         (["out=FULL"], "exists and is not empty"),
+        (["out="], "out"),
+        (["prompt=x"], "prompt belongs to generate; ranks does not take it"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(
