@@ -5,6 +5,7 @@ pytest tests/test_adapter_strangers.py
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -220,7 +221,7 @@ def test_what_storing_costs_is_what_reading_back_gives(tmp_path: Path) -> None:
 
 
 def test_biases_in_sixteen_bits_are_not_trained(tmp_path: Path) -> None:
-    build("gpt2").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    copy.deepcopy(build("gpt2")).to(torch.bfloat16).save_pretrained(tmp_path / "base")  # which notes the dtype
     module = FinetuneModule(str(tmp_path / "base"), bias="all", device="cpu")
     with pytest.raises(InputError, match="held in bfloat16.*model.dtype=float32"):
         module.configure_model()
