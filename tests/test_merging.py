@@ -6,6 +6,7 @@ pytest tests/test_merging.py
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from lorafit.adapter import load_adapter, save_adapter
 from lorafit.errors import InputError
@@ -123,6 +124,20 @@ def reopen(folder: Path) -> Any:
 
 def batch() -> dict[str, Tensor]:
     return {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS.clone()}
+
+
+@pytest.fixture(scope="module")
+def merged_in_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a merged folder of three files, its adapter)."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("merged") / "base"
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    adapter = make_adapter(folder)
+    write(opened(folder, None, adapter), "original", folder.parent / "out", max_shard_bytes=7000)
+    assert (folder.parent / "out" / "model-00001-of-00003.safetensors").is_file()
+    return folder.parent / "out", adapter
 
 
 # ------------------------------------------------------------------------------------------------ the base
@@ -386,6 +401,29 @@ def test_out_must_be_named_and_new(tmp_path: Path) -> None:
     assert require_new(str(tmp_path / "empty")) == (tmp_path / "empty").resolve()
 
 
+def test_out_that_cannot_be_made_is_refused_before_anything_is_loaded_and_trying_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    bad = [tmp_path / "file" / "out", "/proc/foo", "/proc/foo/bar", "~nobody-of-this-name/x", tmp_path / ("x" * 300)]
+    for out in (*bad, "a\0b", tmp_path / "loop" / "x"):
+        with pytest.raises(InputError, match="cannot be made") as error:
+            require_new(str(out))
+        assert "\n" not in str(error.value)
+    for out in ("", "  "):
+        with pytest.raises(InputError, match="out is empty: name a new folder"):
+            require_new(out)
+    assert require_new(str(tmp_path / "a" / "b")) == (tmp_path / "a" / "b").resolve()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_out_inside_of_what_is_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for out in (tmp_path / "adapter", tmp_path / "adapter" / "deep" / "out", tmp_path / "x" / ".." / "adapter" / "y"):
+        with pytest.raises(InputError, match="lies inside"):
+            require_new(str(out), [tmp_path / "adapter"])
+    require_new(str(tmp_path / "adapter-merged"), [tmp_path / "adapter"])
+
+
 def test_sizes() -> None:
     assert (size("5GB"), size("500 MB"), size("3B")) == (5 * 10**9, 5 * 10**8, 3)
     for text in ("5", "GB", "0GB", "-1GB", "5gb"):
@@ -439,7 +477,7 @@ def test_what_cannot_be_undone_is_refused(make_folder: Callable[..., Path], tmp_
     adapter = make_adapter(folder, "nf4")
     base = opened(folder, "nf4", adapter)
     write(base, "requantized", tmp_path / "again")
-    with pytest.raises(InputError, match=r"has no undo\.safetensors"):
+    with pytest.raises(InputError, match=r"has no undo\.lorafit"):
         unmerge_folder(tmp_path / "again", adapter, HASH, tmp_path / "back", 10**9)
     write(base, "original", tmp_path / "out")
     with pytest.raises(InputError, match="is not the one in"):
@@ -453,6 +491,60 @@ def test_what_cannot_be_undone_is_refused(make_folder: Callable[..., Path], tmp_
     with pytest.raises(InputError, match="no folder"):
         unmerge_folder(tmp_path / "nowhere", adapter, HASH, tmp_path / "back", 10**9)
     assert not (tmp_path / "back").exists()
+
+
+def test_one_bit_in_any_tensor_is_found_also_in_those_that_the_merge_left_alone(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_folder()
+    adapter = make_adapter(folder)
+    write(opened(folder, None, adapter), "original", tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    intact = path.read_bytes()
+    start = 8 + int.from_bytes(intact[:8], "little")
+    header = json.loads(intact[8:start])
+    places = {name: header[name]["data_offsets"] for name in header if name != "__metadata__"}
+    assert places.keys() == FileWeights(folder).keys()
+    for name, (_, end) in places.items():
+        content = bytearray(intact)
+        content[start + end - 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{name} does not come back as it was") as error:
+            unmerge_folder(tmp_path / "out", adapter, HASH, tmp_path / "back", 10**9)
+        assert "\n" not in str(error.value)
+        assert sorted(found.name for found in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    path.write_bytes(intact)
+    unmerge_folder(tmp_path / "out", adapter, HASH, tmp_path / "back", 10**9)
+
+
+def test_only_the_model_is_called_safetensors(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_folder()
+    write(opened(folder, None, make_adapter(folder)), "original", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "out" / "weights.safetensors")
+    assert FileWeights(tmp_path / "out").keys() == FileWeights(folder).keys()
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, UNDO, "lorafit.json", "model-00001-of-00003.safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"[]", b"{}", b"1", b'"x"', b'{"weight_map": [], "model_type": "nothing"}']
+    + [b'{"weight_map": {"x": "../x"}, "model_type": "llama", "hidden_size": "x"}', b'{"weight_map": {"x": 1}}']
+    + [b'{"weight_map": {"x": "gone.safetensors"}, "model_type": 3}', (2).to_bytes(8, "little") + b"[]"]
+    + [b'{"model_type": "llama", "num_attention_heads": 0}', b'{"model_type": "bert"}', b"\xff"],
+)
+def test_a_damaged_merged_folder_is_refused_in_one_line(
+    merged_in_shards: tuple[Path, Path], tmp_path: Path, file: str, content: bytes | None
+) -> None:
+    out, adapter = tmp_path / "out", merged_in_shards[1]
+    shutil.copytree(merged_in_shards[0], out)
+    (out / file).unlink()
+    if content is not None:
+        (out / file).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        unmerge_folder(out, adapter, HASH, tmp_path / "back", 10**9)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from lorafit.errors import InputError
 from lorafit.fingerprint import fingerprint_of
-from lorafit.merging.files import INDEX, FileWeights, Planned, Weights
+from lorafit.merging.files import INDEX, FileWeights, Planned, Weights, indexed_files
 from lorafit.merging.skeleton import (
     aliases,
     as_dtype,
@@ -148,16 +148,10 @@ def model_folder(name: str, revision: str | None = None) -> Path | None:
         path = cached_file(name, file, **options)
         if path is not None:
             found = Path(path).parent
-            for shard in _shards(found) if file == INDEX else ():
+            for shard in indexed_files(found) if file == INDEX else ():
                 cached_file(name, shard, revision=revision)
             return found
     return None
-
-
-def _shards(folder: Path) -> list[str]:
-    import json
-
-    return sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
 
 
 def tensors_of(model: Any, names: list[str], tied: dict[str, str]) -> Weights:

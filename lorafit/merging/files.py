@@ -70,14 +70,13 @@ def size(text: str) -> int:
 class FileWeights(Mapping[str, Planned]):
     """The tensors of a model folder, in the order in which they lie there; `make` reads one.
 
-    Raises InputError for a file that is no safetensors file.
+    Raises InputError for an index or a file that cannot be read.
     """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         if (folder / INDEX).is_file():
-            places = json.loads((folder / INDEX).read_bytes())["weight_map"]
-            files = [folder / name for name in dict.fromkeys(places.values())]
+            files = [folder / name for name in indexed_files(folder)]
         else:
             files = sorted(folder.glob("*.safetensors"))
             files = [path for path in files if path.name == "model.safetensors"] or files
@@ -95,6 +94,18 @@ class FileWeights(Mapping[str, Planned]):
         return len(self._tensors)
 
 
+def indexed_files(folder: Path) -> list[str]:
+    """The names of the files in which the index of a folder says that its tensors are. Raises InputError."""
+    try:
+        names = list(dict.fromkeys(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{str(folder / INDEX)!r} is no index of a model's files: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise InputError(f"{str(folder / INDEX)!r} names {name!r}, which is no file of its folder")
+    return names
+
+
 def read_header(path: Path) -> tuple[dict[str, Planned], dict[str, str]]:
     """(the tensors of a safetensors file in their order, its metadata)."""
     try:
@@ -104,13 +115,15 @@ def read_header(path: Path) -> tuple[dict[str, Planned], dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         return {name: _in_file(path, 8 + length, entry) for name, entry in entries}, metadata
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise InputError(f"{str(path)!r} is no safetensors file that can be read: {error!r}") from error
 
 
 def _in_file(path: Path, start: int, entry: Mapping[str, Any]) -> Planned:
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     first, last = entry["data_offsets"]
+    if last - first != math.prod(shape) * dtype.itemsize or min(first, *shape, 0) < 0:
+        raise ValueError(f"bytes {first} to {last} are not those of a {list(shape)} in {entry['dtype']}")
 
     def read() -> Tensor:
         tensor = torch.empty(last - first, dtype=torch.uint8)

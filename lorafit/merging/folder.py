@@ -3,7 +3,7 @@
     config.json, model*.safetensors                the model
     generation_config.json, tokenizer files        copied from the base; no code and no pickles
     lorafit.json, README.md                        what was merged into what, and what it cost
-    undo.safetensors                               what `merge.unmerge` needs (see undo.py)
+    undo.lorafit                                   what `merge.unmerge` needs (see undo.py)
 
 It appears whole or not at all: everything is written into a draft beside it, which is then renamed.
 """
@@ -14,7 +14,7 @@ import contextlib
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from transformers import AutoConfig
 
 from lorafit.adapter import load_adapter, read_record
 from lorafit.checkpoint import replace_folder, write_atomically, write_json
-from lorafit.errors import InputError
+from lorafit.errors import InputError, reason
 from lorafit.inject import adapter_modules
 from lorafit.merging.candidates import REQUANTIZED, Candidate
-from lorafit.merging.files import FileWeights, Planned, write_shards
+from lorafit.merging.files import INDEX, FileWeights, Planned, write_shards
 from lorafit.merging.skeleton import lend_weights, skeleton
-from lorafit.merging.undo import UndoWriter, adapter_of, read_undo, restore
+from lorafit.merging.undo import UNDO, UndoWriter, adapter_of, read_undo, restore
 
 RECORD, CARD = "lorafit.json", "README.md"
 # what a tokenizer and a chat template may be stored as; anything else of the base's folder stays there
@@ -45,13 +45,38 @@ COPIED = (
 NEVER = (".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".safetensors")
 
 
-def require_new(out: str | None) -> Path:
-    """The folder that is to be written. Raises InputError when none is named, or when it holds something."""
+def require_new(out: str | None, outside_of: Sequence[Path] = ()) -> Path:
+    """The folder that is to be written, so that it is known before anything is loaded that it can be.
+
+    outside_of: folders in which it must not lie. Raises InputError when none is named, when it holds something, lies in
+    one of those or cannot be made; which is tried, and leaves nothing behind.
+    """
     if out is None:
         raise InputError("out is not set: give out=DIR, a new folder for the merged model")
-    folder = Path(out).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"out: {out!r} exists and is not empty: name a new folder, or remove this one")
+    if not out.strip():
+        raise InputError("out is empty: name a new folder")
+    made: list[Path] = []
+    try:
+        folder = Path(out).expanduser().resolve()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"out: {out!r} exists and is not empty: name a new folder, or remove this one")
+        for other in outside_of:
+            if folder.is_relative_to(other.expanduser().resolve()):
+                raise InputError(f"out: {out!r} lies inside {str(other)!r}, which is read: name a folder elsewhere")
+        for path in reversed(folder.parents):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        made.append(Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")))  # as `drafted` does
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a ~user that there is not, a loop of links
+        if isinstance(error, InputError):
+            raise
+        why = getattr(error, "strerror", None) or reason(error)
+        raise InputError(f"out: {out!r} cannot be made: {why}: name another folder") from error
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # somebody else may have put something there
+                path.rmdir()
     return folder
 
 
@@ -161,32 +186,47 @@ def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, 
             f"adapter {str(adapter)!r} is not the one in {str(merged)!r}, which was merged from "
             f"{record.get('merged_from')!r}: give that one as adapter=DIR"
         )
-    config = AutoConfig.from_pretrained(merged)
-    weights = FileWeights(merged)
-    model = skeleton(config, None)
+    weights = _merged_weights(merged, notes)
+    try:
+        config = AutoConfig.from_pretrained(merged)
+        model = skeleton(config, None)
+    except Exception as error:  # transformers raises what it happens to meet in a damaged configuration
+        raise InputError(f"{str(merged / 'config.json')!r} describes no model: {reason(error)}") from error
     lend_weights(model, weights)
     load_adapter(model, adapter, allow_other_base=True)
     adapted = adapter_modules(model)
     config = copy.deepcopy(config)
-    dropped: set[str] = set()
+    added = record.get("added") or []
+    if not isinstance(added, list) or not {str(name) for name in added} <= weights.keys():
+        raise InputError(f"{str(merged / RECORD)!r}: added names tensors that the model has not: {added!r}")
     if record.get("untied"):
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = True
-        dropped = set(record.get("added") or ())
-    tensors: dict[str, Planned] = {}
-    for name, planned in weights.items():
-        if name in dropped:
-            continue
-        if name in notes:
 
-            def make(name: str = name, planned: Planned = planned) -> Any:
-                content = contents[name].make() if name in contents else None
-                return restore(name, planned.make(), adapter_of(adapted, name), content, notes[name])
+    def back(name: str) -> Planned:
+        def make() -> Any:
+            content = contents[name].make() if name in contents else None
+            return restore(name, weights[name].make(), adapter_of(adapted, name), content, notes[name])
 
-            planned = Planned(planned.dtype, planned.shape, make)
-        tensors[name] = planned
+        return Planned(weights[name].dtype, weights[name].shape, make)
+
+    dropped = added if record.get("untied") else []
+    for name in dropped:
+        back(name).make()  # not written, and checked as all others are
+    tensors = {name: back(name) for name in weights if name not in dropped}
     with drafted(out) as draft:
         size = write_shards(draft, tensors, max_shard_bytes)
         _write_config(config, draft)
         copy_tokenizer(merged, draft)
     return size
+
+
+def _merged_weights(merged: Path, notes: Mapping[str, Any]) -> FileWeights:
+    """The tensors of a merged folder, which are those that its undo file has a hash of; InputError otherwise."""
+    if not any((merged / file).is_file() for file in (INDEX, "model.safetensors")):
+        raise InputError(f"merged folder {str(merged)!r} has neither model.safetensors nor {INDEX}")
+    weights = FileWeights(merged)
+    if strange := sorted(weights.keys() ^ notes.keys()):
+        there = "has no hash in" if strange[0] in weights else "is missing, and is in"
+        raise InputError(f"merged folder {str(merged)!r} is not as it was written: {strange[0]} {there} {UNDO}")
+    return weights

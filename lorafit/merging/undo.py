@@ -3,8 +3,8 @@
 M = round(W + ΔW) has lost bits of W, so that M - ΔW is near W and not always W. Where rounding M was finer than the
 rounding of W it is: only weights that the update moved to a larger power of two, or swallowed, come back wrong, and
 those by a few units in the last place. So W is foretold as round(M - ΔW), and what is kept is how far off that is,
-counted in floating-point numbers in between: nearly all zeros, which zlib makes small. Each tensor's SHA-256 is kept as
-well, and nothing is given back that does not have it.
+counted in floating-point numbers in between: nearly all zeros, which zlib makes small. The SHA-256 of each tensor,
+before and after the merge, is kept as well, and nothing is given back, or taken, that does not have it.
 
 ΔW is computed in float64 here, so that what is foretold does not hang on the order in which a machine adds.
 """
@@ -29,7 +29,8 @@ from lorafit.merging.base import stored
 from lorafit.merging.candidates import Candidate, update_rows
 from lorafit.merging.files import Planned, read_header, write_file
 
-UNDO = "undo.safetensors"
+# content of a safetensors file; by another suffix, as readers of models take all that are called *.safetensors
+UNDO = "undo.lorafit"
 _AT_ONCE = 2**21  # weights that are foretold together
 
 
@@ -96,7 +97,11 @@ class UndoWriter:
         at = self.draft.tell()
         self.draft.write(content)
         self.blobs[name] = (at, len(content))
-        self.notes[name] = {"sha256": sha256(before), "width": str(widest).removeprefix("torch.")}
+        self.notes[name] = {
+            "sha256": sha256(before),
+            "merged": sha256(merged),
+            "width": str(widest).removeprefix("torch."),
+        }
 
     def write(self) -> int:
         """Write the file, and return its bytes."""
@@ -140,15 +145,22 @@ def read_undo(folder: Path) -> tuple[dict[str, Planned], dict[str, dict[str, str
         )
     tensors, metadata = read_header(folder / UNDO)
     try:
-        return tensors, json.loads(metadata["tensors"])
-    except (KeyError, ValueError) as error:
+        notes = json.loads(metadata["tensors"])
+        if not all(isinstance(note["sha256"], str) for note in notes.values()):
+            raise ValueError("a tensor has no SHA-256")
+        return tensors, notes
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{str(folder / UNDO)!r} does not say what it holds: {error!r}") from error
 
 
 def restore(name: str, merged: Tensor, adapted: Any, content: Tensor | None, note: Mapping[str, str]) -> Tensor:
-    """The tensor before the merge. Raises InputError when its hash is not the one that was noted."""
+    """The tensor before the merge. Raises InputError when its hash, or that of what it was merged to, is not the one
+    that was noted."""
     if content is None:  # the merge did not change it
         return _checked(name, merged, note)
+    # a bit of M that is lost in rounding M - ΔW would not show in W
+    if sha256(merged) != note.get("merged"):
+        raise InputError(f"{name} does not come back as it was: the merged folder holds another than was written")
     try:
         off = torch.from_numpy(
             np.frombuffer(zlib.decompress(content.numpy().tobytes()), dtype=np.dtype(note["width"])).copy()
