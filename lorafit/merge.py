@@ -52,11 +52,18 @@ def run(config: Config, folder: Path) -> None:
     if config.merge.unmerge is not None:
         unmerge(config, adapter, out, folder)
         return
+    other = trained_over(adapter, to_dict(config)["quant"])
+    if other is not None:
+        terminal.print(escape(f"The adapter was trained over {other['quant']} and is measured over {other['now']}."))
+    differs = {"trained_over": other} if other is not None else {}
     data = build_data(config)
     data.setup()
     base = open_for_merge(config)
     if base.whole is not None:
         terminal.print(f"The base is loaded whole into memory: {escape(visible(base.whole))}.")
+    if base.renamed is not None:
+        theirs, ours = (escape(visible(name)) for name in base.renamed)
+        terminal.print(f"What is written has the model's names of tensors ({ours}), not the checkpoint's ({theirs}).")
     load_adapter(base.model, adapter, allow_other_base=config.allow_other_base)
     found = {candidate.name: candidate for candidate in candidates(base, config.merge.candidate)}
     models = {name: merged_model(base, candidate) for name, candidate in found.items()}
@@ -71,13 +78,14 @@ def run(config: Config, folder: Path) -> None:
         "max_kl": config.max_kl,
         "out": None,
         "tokens": tokens,
+        **differs,
     }
     write_json(folder / "merge.json", result)
     for part in merge_tables(result):
         terminal.print(part)
-    if not best["kl"] <= config.max_kl:  # NaN is refused as well
+    if not affordable(result):
         raise InputError(
-            f"merge: {best['name']} is {best['kl']:.4g} nats per token from the live adapter, and max_kl is "
+            f"{best['name']} is {best['kl']:.4g} nats per token from the live adapter, and max_kl is "
             f"{config.max_kl:g}: nothing was written. Use the adapter unmerged, or raise max_kl"
         )
     report = base_report(base.model)
@@ -92,6 +100,7 @@ def run(config: Config, folder: Path) -> None:
             "base_model": config.model.name,
             "base_fingerprint": report.fingerprint if report is not None else None,
             "quant": to_dict(config)["quant"],
+            **differs,
             "measured": {key: best[key] for key in ("loss", "kl", "top1_agreement")},
             "live": result["live"],
             "tokens": tokens,
@@ -136,6 +145,12 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return min(rows, key=rank)
 
 
+def affordable(result: Mapping[str, Any]) -> bool:
+    """Whether the chosen candidate is written; one whose divergence is NaN is not."""
+    best = next(row for row in result["candidates"] if row["name"] == result["chosen"])
+    return bool(best["kl"] <= result["max_kl"])
+
+
 def merge_tables(result: Mapping[str, Any]) -> list[Any]:
     """What a person sees: the candidates beside the live adapter, and why one was taken."""
     from rich.table import Table
@@ -148,8 +163,9 @@ def merge_tables(result: Mapping[str, Any]) -> list[Any]:
     for name in ("loss", "KL from the live adapter", "same first choice", "size"):
         table.add_column(name, justify="right")
     table.add_row("live adapter", number(result["live"]["loss"]), "", "", "")
+    word = "taken" if affordable(result) else "nearest"
     for row in result["candidates"]:
-        mark = " ← taken" if row["name"] == result["chosen"] else ""
+        mark = f" ← {word}" if row["name"] == result["chosen"] else ""
         same = f"{row['top1_agreement']:.2%}"
         table.add_row(row["name"] + mark, number(row["loss"]), f"{row['kl']:.3g}", same, human(row["bytes"]))
     lowest = min(result["candidates"], key=lambda row: row["loss"])
@@ -180,10 +196,35 @@ def unmerge(config: Config, adapter: Path, out: Path, folder: Path) -> None:
     source = Path(str(config.merge.unmerge)).expanduser()
     limit = size(config.merge.max_shard_size)
     written = unmerge_folder(source, adapter, adapter_sha256(adapter), out, limit)
-    write_json(
-        folder / "merge.json", {"unmerged": str(source), "adapter": str(adapter), "out": str(out), "bytes": written}
-    )
-    console().print(f"Written to {escape(visible(str(out)))}, bit for bit what was merged into.")
+    write_json(folder / "merge.json", {"unmerged": str(source), "adapter": str(adapter), "out": str(out)} | written)
+    console().print(f"Written to {escape(visible(str(out)))}: bit for bit {escape(visible(written['is']))}.")
+
+
+def trained_over(adapter: Path, quant: Any) -> dict[str, str] | None:
+    """{"quant": what the adapter was trained over, "now": what it is merged over}; None where they are the same, or
+    nobody wrote down the first."""
+    from lorafit.adapter import read_record
+    from lorafit.errors import reason
+    from lorafit.quant import Quantization
+
+    record = read_record(adapter)
+    if "quant" not in record:
+        return None
+    try:
+        then = Quantization.of(record["quant"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"adapter {str(adapter)!r}: lorafit.json has a quant that is none: {reason(error)}") from error
+    now = Quantization.of(quant)
+    if then == now:
+        return None
+    short = (then.type if then else "none") != (now.type if now else "none")
+
+    def name(kind: Quantization | None) -> str:
+        if kind is None or short:
+            return kind.type if kind is not None else "none"
+        return f"{kind.type} ({', '.join(f'{key} {value}' for key, value in kind.as_dict().items() if key != 'type')})"
+
+    return {"quant": name(then), "now": name(now)}
 
 
 def adapter_sha256(folder: Path) -> str:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from lorafit.adapter import load_adapter, save_adapter
 from lorafit.errors import InputError
@@ -188,6 +188,21 @@ def test_files_with_other_names_are_loaded_whole(make_folder: Callable[..., Path
     assert base.whole is not None and "model.rotary.inv_freq" in base.whole
     candidate = make_candidate(base, "original")
     assert torch.equal(logits(merged_model(base, candidate)), logits(merge_lora(base.model)))
+
+
+def test_a_checkpoint_with_names_that_transformers_changes_is_known_as_one(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = GPTNeoXConfig(**sizes, num_attention_heads=4, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    head = "embed_out.weight" if "embed_out.weight" in tensors else "lm_head.weight"
+    tensors["embed_out.weight"] = tensors.pop(head)
+    save_file(tensors, path, metadata={"format": "pt"})
+    base = opened(tmp_path / "base", adapter=make_adapter(tmp_path / "base"))
+    assert base.renamed == ("embed_out.weight", "lm_head.weight")
+    write(base, "original", tmp_path / "out")
+    reopen(tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------ candidates

@@ -40,7 +40,8 @@ from lorafit.quant import BaseReport, Quantization, is_quantized, quantize_as_re
 @dataclass
 class Base:
     """What a merge begins with. model: the base as it computes, to be adapted. originals: its weights in 16 or 32 bits
-    by the model's names, None where a checkpoint came quantized. whole: why the model is whole in memory, or None."""
+    by the model's names, None where a checkpoint came quantized. whole: why the model is whole in memory, or None.
+    renamed: (a tensor's name in the files, one in the model that the files have not), where transformers renames."""
 
     model: Any
     config: Any
@@ -50,6 +51,7 @@ class Base:
     whole: str | None
     attention: str | None = None
     trust_remote_code: bool = False
+    renamed: tuple[str, str] | None = None
 
     def skeleton(self, config: Any, dtype: torch.dtype | None) -> Any:
         """Another model of this kind, without weights."""
@@ -106,7 +108,8 @@ def open_base(
             originals = tensors_of(model, names, tied)
         else:
             originals = tensors_of(load_whole(False), names, tied)
-    return Base(model, _unquantized(config), originals, tied, folder, why, attention, trust_remote_code)
+    renamed = _renamed(folder, names, tied) if folder is not None and init == "pretrained" and files is None else None
+    return Base(model, _unquantized(config), originals, tied, folder, why, attention, trust_remote_code, renamed)
 
 
 def why_whole(
@@ -152,6 +155,17 @@ def model_folder(name: str, revision: str | None = None) -> Path | None:
                 cached_file(name, shard, revision=revision)
             return found
     return None
+
+
+def _renamed(folder: Path, names: list[str], tied: dict[str, str]) -> tuple[str, str] | None:
+    """(a name in the files that the model has not, a name in the model that the files have not), where there are."""
+    try:
+        files = FileWeights(folder)
+    except InputError:  # transformers, which has loaded it, knows more kinds of files
+        return None
+    theirs = next((name for name in files if name not in names), None)
+    ours = next((name for name in names if place_of(files, name, tied) is None), None)
+    return (theirs, ours) if theirs is not None and ours is not None else None
 
 
 def tensors_of(model: Any, names: list[str], tied: dict[str, str]) -> Weights:

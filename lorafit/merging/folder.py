@@ -24,7 +24,7 @@ from lorafit.adapter import load_adapter, read_record
 from lorafit.checkpoint import replace_folder, write_atomically, write_json
 from lorafit.errors import InputError, reason
 from lorafit.inject import adapter_modules
-from lorafit.merging.candidates import REQUANTIZED, Candidate
+from lorafit.merging.candidates import DEQUANTIZED, REQUANTIZED, Candidate
 from lorafit.merging.files import INDEX, FileWeights, Planned, write_shards
 from lorafit.merging.skeleton import lend_weights, skeleton
 from lorafit.merging.undo import UNDO, UndoWriter, adapter_of, read_undo, restore
@@ -156,6 +156,11 @@ def merged_card(record: Mapping[str, Any]) -> str:
             f"{numbers['top1_agreement']:.2%} of them, loss {numbers['loss']:.4f} "
             f"where the live adapter has {record['live']['loss']:.4f}.",
         ]
+    if trained_over := record.get("trained_over"):
+        lines += [
+            "",
+            f"The adapter was trained over {trained_over['quant']} and is measured over {trained_over['now']}.",
+        ]
     lines += [
         "",
         "```python",
@@ -172,8 +177,10 @@ def merged_card(record: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------ and back
 
 
-def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, max_shard_bytes: int) -> int:
-    """Write the model that `adapter` was merged into to make the folder `merged`, bit for bit; return its bytes.
+def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, max_shard_bytes: int) -> dict[str, Any]:
+    """Write the model that `adapter` was merged into to make the folder `merged`, bit for bit.
+
+    Returns {"bytes": of its weights, "candidate", "base_model", "is": what they are, in words}.
 
     Raises InputError for a folder that cannot be undone or another adapter, and where a hash is not the one noted.
     """
@@ -218,7 +225,32 @@ def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, 
         size = write_shards(draft, tensors, max_shard_bytes)
         _write_config(config, draft)
         copy_tokenizer(merged, draft)
-    return size
+        card = _unmerged_card(record).encode()
+        write_atomically(draft / CARD, lambda file: file.write(card))
+    told = {key: record.get(key) for key in ("candidate", "base_model")}
+    return {"bytes": size, **told, "is": what_comes_back(record)}
+
+
+def what_comes_back(record: Mapping[str, Any]) -> str:
+    """What the weights are that a merge with this lorafit.json is undone to."""
+    base = record.get("base_model")
+    if record.get("candidate") != DEQUANTIZED:
+        return f"the weights of the checkpoint {base}"
+    who = "the merge" if "trained_over" in record else "training"
+    kind = _kind(record.get("quant"))
+    return f"the base as {who} held it ({kind}, dequantized and rounded to 16 bits), not the checkpoint {base}"
+
+
+def _kind(quant: Any) -> str:
+    return str(quant.get("type")) if isinstance(quant, Mapping) else "none"
+
+
+def _unmerged_card(record: Mapping[str, Any]) -> str:
+    base = record.get("base_model")
+    lines = ["---", f"base_model: {base}", "library_name: transformers", "---", ""]
+    lines += [f"# {base} with a LoRA adapter taken out again", ""]
+    lines += [f"These are, bit for bit, {what_comes_back(record)}.", ""]
+    return "\n".join(lines)
 
 
 def _merged_weights(merged: Path, notes: Mapping[str, Any]) -> FileWeights:
