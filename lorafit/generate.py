@@ -88,6 +88,7 @@ def run(config: Config, folder: Path) -> None:
     import torch
 
     from lorafit.checkpoint import write_json
+    from lorafit.merging import require_new
     from lorafit.tables import console
     from lorafit.trainer import quiet_libraries
 
@@ -95,6 +96,8 @@ def run(config: Config, folder: Path) -> None:
     quiet_libraries()
     require_something_to_do(config)
     folders = adapter_folders(config) if config.adapter is not None else {}
+    if config.out is not None:
+        require_new(config.out, outside_of=list(folders.values()))
     encoder = build_encoder(config)
     examples = read_prompts(config, [*folders, *([COMBINED] if config.combine.method else [])])
     session = Session(config, load_adapters(config, folders), encoder, console(), [next(iter(folders), None)])
@@ -142,10 +145,6 @@ def require_something_to_do(config: Config) -> None:
             raise InputError("combine.rank belongs to a combination: choose combine.method=svd")
     elif config.adapter is None:
         raise InputError("combine.method: there is no adapter to combine: give 'adapter=[A,B]'")
-    if config.out is not None:
-        from lorafit.merging import require_new
-
-        require_new(config.out)
     if options.system is not None and config.data.system == "drop":
         raise InputError(
             "generate.system: data.system=drop leaves every system text out. Take data.system=keep or fold"

@@ -84,7 +84,7 @@ def check_request(config: Config) -> Path:
     if config.out is not None:
         from lorafit.merging import require_new
 
-        require_new(config.out)
+        require_new(config.out, outside_of=list(folders.values()))
     return next(iter(folders.values()))
 
 

@@ -409,7 +409,7 @@ def test_what_cannot_be_done_is_said_in_one_line(overrides: list[str], said: str
     assert err.startswith(f"lorafit generate: {said}") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("out", ["sum", "file", ""])
+@pytest.mark.parametrize("out", ["sum", "file", "file/sum", "/proc/sum", "", "LAW", "LAW/sum"])
 def test_a_folder_that_cannot_be_new_is_refused_before_anything_is_loaded(
     two: dict[str, Path], monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
@@ -417,8 +417,10 @@ def test_a_folder_that_cannot_be_new_is_refused_before_anything_is_loaded(
     Path("sum").mkdir()
     Path("sum/notes").write_text("mine")
     Path("file").write_text("mine")
+    out = out.replace("LAW", str(two["law"]))
     code, _, err, _ = generated(named(two), "combine.method=cat", f"out={out}")
     assert code == 2 and err.startswith("lorafit generate: out") and err.count("\n") == 1
+    assert not (two["law"] / "sum").exists()
     assert Path("sum/notes").read_text() == Path("file").read_text() == "mine"
 
 

@@ -304,7 +304,9 @@ def test_layers_of_several_ranks_and_embeddings_are_cut_and_read_back(tmp_path: 
         (["rank=2"], "rank=2 says how to cut the adapter, not where to"),
         (["energy=0.9"], "energy=0.9 says how to cut the adapter, not where to"),
         (["out=FULL"], "exists and is not empty"),
-        (["out="], "out"),
+        (["out="], "out is empty"),
+        (["out=FULL/file/small"], "cannot be made"),
+        (["out=ADAPTER/small"], "which is read"),
         (["prompt=x"], "prompt belongs to generate; ranks does not take it"),
     ],
 )
@@ -313,7 +315,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    places = {"OUT": str(tmp_path / "out"), "FULL": str(tmp_path / "full")}
+    places = {"OUT": str(tmp_path / "out"), "FULL": str(tmp_path / "full"), "ADAPTER": str(adapter)}
     for word, place in places.items():
         arguments = [argument.replace(word, place) for argument in arguments]
     run = f"hydra.run.dir={tmp_path / 'run'}"
