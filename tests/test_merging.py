@@ -131,7 +131,7 @@ def merged_in_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     """(a merged folder of three files, its adapter)."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("merged") / "base"
-    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
     model.to(torch.bfloat16).save_pretrained(folder)
     adapter = make_adapter(folder)
@@ -191,7 +191,7 @@ def test_files_with_other_names_are_loaded_whole(make_folder: Callable[..., Path
 
 
 def test_a_checkpoint_with_names_that_transformers_changes_is_known_as_one(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     config = GPTNeoXConfig(**sizes, num_attention_heads=4, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
