@@ -120,7 +120,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             most, high = peak(errors)
             found = json.loads((run / "merge.json").read_text())
-            undo = os.path.getsize(out / "undo.lorafit") if (out / "undo.safetensors").exists() else 0
+            undo = os.path.getsize(out / "undo.lorafit") if (out / "undo.lorafit").exists() else 0
             print(
                 f"quant={quant}: {size / 1e9:.2f} GB of weights, {found['tokens']} tokens, {seconds:.0f} s, "
                 f"ru_maxrss {most:.0f} MB, VmHWM {high:.0f} MB, {found['chosen']} taken, {undo / 1e6:.0f} MB to undo"
