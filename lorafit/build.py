@@ -100,14 +100,8 @@ def build_module(config: Config) -> FinetuneModule:
         bias=config.bias,
         modules_to_save=config.modules_to_save,
         adapter_dtype=config.adapter_dtype,
-        quant=to_dict(config)["quant"],
-        dtype=config.model.dtype,
-        device=device_name(config),
-        init=config.model.init,
-        attention=config.model.attention,
+        **model_options(config),
         checkpointing=config.model.checkpointing,
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
         optimizer=optimizer.pop("_target_"),
         optimizer_args=optimizer,
         scheduler=config.scheduler.name,
@@ -123,6 +117,20 @@ def device_name(config: Config) -> str:
 
     on_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_cuda else "cpu"
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """How the base of a configuration is loaded, in the words of `load_base_model`."""
+    model = config.model
+    return {
+        "quant": to_dict(config)["quant"],
+        "dtype": model.dtype,
+        "device": device_name(config),
+        "init": model.init,
+        "attention": model.attention,
+        "trust_remote_code": model.trust_remote_code,
+        "revision": model.revision,
+    }
 
 
 def require_no_adapter(config: Config) -> None:
@@ -180,16 +188,7 @@ def load_base(config: Config) -> Any:
     require_accelerator(config.trainer.accelerator)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # as a run does: model.init=random gives the same weights
-        return load_base_model(
-            config.model.name,
-            quant=to_dict(config)["quant"],
-            dtype=config.model.dtype,
-            device=device_name(config),
-            init=config.model.init,
-            attention=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
-            revision=config.model.revision,
-        )
+        return load_base_model(config.model.name, **model_options(config))
 
 
 def load_adapted(config: Config) -> Any:

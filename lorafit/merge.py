@@ -13,13 +13,12 @@ Leaves merge.json. Exit codes: 0 written, 2 refused or wrong input; then nothing
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit.build import adapter_folders, build_data, device_name, load_base, refuse_foreign, require_accelerator
+from lorafit.build import adapter_folders, build_data, load_base, model_options, refuse_foreign, require_accelerator
 from lorafit.config import Config, start, to_dict
 from lorafit.errors import InputError
 
@@ -123,17 +122,7 @@ def open_for_merge(config: Config) -> Any:
         plain = dataclasses.replace(config, quant=None, model=dataclasses.replace(config.model, dtype="auto"))
         return load_base(config if quantized else plain)
 
-    return open_base(
-        config.model.name,
-        load_whole=load_whole,
-        quant=to_dict(config)["quant"],
-        dtype=config.model.dtype,
-        device=device_name(config),
-        init=config.model.init,
-        attention=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
+    return open_base(config.model.name, load_whole=load_whole, **model_options(config))
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -229,9 +218,9 @@ def trained_over(adapter: Path, quant: Any) -> dict[str, str] | None:
 
 def adapter_sha256(folder: Path) -> str:
     """The SHA-256 of an adapter's weights."""
-    from lorafit.adapter.files import weights_file
+    from lorafit.adapter.files import sha256_of, weights_file
 
-    return hashlib.sha256(weights_file(folder).read_bytes()).hexdigest()
+    return sha256_of(weights_file(folder))
 
 
 def versions() -> dict[str, str]:
