@@ -89,7 +89,8 @@ def retention_text(config: Config, data: FinetuneDataModule) -> list[list[int]]:
         path = str(embedded.TEXT)
     texts = list(TEXTS) if path is None else read_texts(Path(path))
     tokenizer: Any = data.tokenizer
-    tokens = [tokenizer(text).input_ids for text in texts]
+    # verbose: a text longer than the model reads is cut into windows later, and is no cause for a warning
+    tokens = [tokenizer(text, verbose=False).input_ids for text in texts]
     if all(len(ids) < 2 for ids in tokens):
         raise InputError(f"task.retention_path: {path!r} holds no text of two tokens or more to measure retention on")
     return tokens

@@ -25,6 +25,7 @@ from lorafit.build import build_data
 from lorafit.config import compose
 from lorafit.evaluation import evaluate_loss
 from lorafit.inject import adapters_off, inject_lora, lora_layers, lora_state_dict
+from lorafit.measuring import retention_text
 from lorafit.memory import human
 from lorafit.quant import load_base_model
 from lorafit.ranks import even_ranks, ranks_picture, ranks_tables, recommend, study, untried, verdict
@@ -366,3 +367,23 @@ def test_a_trained_adapter_of_rank_64_cut_to_what_is_recommended_loses_less_than
     record, source = read_record(out), read_record(tmp_path / "run" / "adapter")
     assert record["settings"] == source["settings"]
     assert record["cut_from"]["rank"] == 64
+
+
+def test_a_long_text_to_measure_retention_on_is_no_cause_for_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer warns of more tokens than the model reads at once; here they are read in windows."""
+    from transformers.utils import logging
+
+    long = tmp_path / "long.txt"
+    long.write_text("one word after another. " * 2000)
+    config = compose([f"task.retention_path={long}"])
+    data = build_data(config)
+    level = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        tokens = retention_text(config, data)
+    finally:
+        logging.set_verbosity(level)
+    assert len(tokens[0]) > data.tokenizer.model_max_length
+    assert capsys.readouterr().err == ""
