@@ -44,6 +44,9 @@ class Model:
     dtype: str = MISSING
     attention: str = MISSING
     checkpointing: str = MISSING
+    fused: str = MISSING
+    compile: str = MISSING
+    cache: bool = MISSING
     trust_remote_code: bool = MISSING
 
 
@@ -238,7 +241,9 @@ _CHOICES = {
     "model.init": ("pretrained", "random"),
     "model.dtype": ("auto", "bfloat16", "float16", "float32"),
     "model.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
-    "model.checkpointing": ("none", "full"),
+    "model.checkpointing": ("none", "selective", "full", "offload"),
+    "model.fused": ("auto", "off"),
+    "model.compile": ("auto", "on", "off"),
     "task.name": ("causal_lm",),
     "data.format": ("auto", "alpaca", "sharegpt", "chat", "prompt_completion", "question_answer", "text"),
     "data.template": ("auto", "chat", "plain", "alpaca"),
