@@ -27,9 +27,10 @@ if TYPE_CHECKING:
         merge_lora,
         unmerge_lora,
     )
+    from lorafit.loading import load_base_model
     from lorafit.lora import LoRAEmbedding, LoRALinear
     from lorafit.module import FinetuneModule
-    from lorafit.quant import dequantize, load_base_model
+    from lorafit.quant import dequantize
     from lorafit.serving import Adapters
 
 _HOME = {
@@ -47,7 +48,7 @@ _HOME = {
     "dequantize": "quant",
     "inject_lora": "inject",
     "load_adapter": "adapter",
-    "load_base_model": "quant",
+    "load_base_model": "loading",
     "load_lora_state_dict": "inject",
     "lora_state_dict": "inject",
     "mark_only_lora_as_trainable": "inject",

@@ -183,7 +183,7 @@ def load_base(config: Config) -> Any:
     """The base model that the configuration says, with nothing over it."""
     import torch
 
-    from lorafit.quant import load_base_model
+    from lorafit.loading import load_base_model
 
     require_accelerator(config.trainer.accelerator)
     with torch.random.fork_rng():
@@ -213,7 +213,7 @@ def build_skeleton(config: Config) -> Any:
     configuration, and no memory is used."""
     import torch
 
-    from lorafit.quant import load_base_model
+    from lorafit.loading import load_base_model
 
     with torch.device("meta"):
         return load_base_model(

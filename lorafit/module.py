@@ -37,8 +37,8 @@ from lorafit.inject import (
     mark_only_lora_as_trainable,
     trained_biases,
 )
+from lorafit.loading import load_base_model
 from lorafit.loss import supervised_loss
-from lorafit.quant import load_base_model
 
 CHECKPOINTING = ("none", "full")
 SCHEDULES = ("cosine", "linear", "constant")

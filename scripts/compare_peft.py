@@ -27,9 +27,10 @@ from lorafit.data import ResumableLoader
 from lorafit.datamodule import FinetuneDataModule
 from lorafit.evaluation import evaluate_loss
 from lorafit.inject import lora_layers
+from lorafit.loading import resolve
 from lorafit.loss import supervised_loss
 from lorafit.module import FinetuneModule, learning_rate_factor
-from lorafit.quant import disarm_repacking, resolve
+from lorafit.quant import disarm_repacking
 from lorafit.trainer import quiet_libraries
 
 

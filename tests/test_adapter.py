@@ -24,7 +24,7 @@ from lorafit.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, base_fingerprint,
 from lorafit.checkpoint import load_checkpoint, save_checkpoint, write_atomically, write_json
 from lorafit.errors import InputError
 from lorafit.inject import inject_lora, lora_layers, lora_state_dict, mark_only_lora_as_trainable, merge_lora
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 
 peft = pytest.importorskip("peft")
 

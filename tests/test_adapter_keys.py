@@ -19,7 +19,7 @@ from lorafit.build import adapter_folders, load_adapted
 from lorafit.config import compose, settings_to_record
 from lorafit.errors import InputError
 from lorafit.inject import inject_lora, lora_layers
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ from lorafit.inject import (
     trained_biases,
     unmerge_lora,
 )
+from lorafit.loading import load_base_model
 from lorafit.lora import LoRAEmbedding
-from lorafit.quant import load_base_model
 from lorafit.rounding import dequantize, quantize
 
 peft = pytest.importorskip("peft")

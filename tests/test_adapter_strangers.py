@@ -23,9 +23,9 @@ from transformers import LlamaForCausalLM
 from lorafit.adapter import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
 from lorafit.errors import InputError
 from lorafit.inject import inject_lora, lora_state_dict
+from lorafit.loading import load_base_model
 from lorafit.measuring import measure_rounding
 from lorafit.module import FinetuneModule
-from lorafit.quant import load_base_model
 
 peft = pytest.importorskip("peft")
 TinyLlama = Callable[..., LlamaForCausalLM]

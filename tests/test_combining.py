@@ -18,7 +18,7 @@ from lorafit.adapter import load_adapter, save_adapter
 from lorafit.combining import combine
 from lorafit.errors import InputError
 from lorafit.inject import Adapter, adapter_modules, attach_adapter, detach_adapter, inject_lora
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 
 peft = pytest.importorskip("peft")
 

@@ -18,7 +18,7 @@ from lorafit import evaluate, train
 from lorafit.adapter import save_adapter
 from lorafit.embedded import MODEL
 from lorafit.inject import inject_lora, lora_layers
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 
 # little to measure on, so that a test is a few seconds
 LITTLE = ("task.eval_examples=8", "task.generate_examples=4", "task.samples=2", "task.max_new_tokens=4")

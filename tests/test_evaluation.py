@@ -16,7 +16,7 @@ from lorafit.data import Encoder, Example, ResumableLoader, load_tokenizer
 from lorafit.errors import InputError
 from lorafit.evaluation import evaluate_loss, evaluating, exact_match, generate, perplexity
 from lorafit.inject import adapters_off, inject_lora, lora_layers
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 from lorafit.retention import measure_retention
 
 

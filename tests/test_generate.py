@@ -26,7 +26,7 @@ from lorafit.data import Encoder, Example, load_tokenizer
 from lorafit.embedded import MODEL
 from lorafit.evaluation import generate as continued
 from lorafit.inject import attach_adapter, detach_adapter, inject_lora, lora_layers
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 
 PROMPT = "What is the plural of cat?"
 TOKENS = 6

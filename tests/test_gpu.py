@@ -17,6 +17,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from lorafit.inject import inject_lora, lora_layers, mark_only_lora_as_trainable, merge_lora
+from lorafit.loading import load_base_model
 from lorafit.lora import LoRALinear
 from lorafit.memory import memory_by_part, optimizer_tensors, peak_bytes, reset_peak
 from lorafit.quant import (
@@ -24,7 +25,6 @@ from lorafit.quant import (
     Quantization,
     dequantize,
     is_quantized,
-    load_base_model,
     quant_state_tensors,
     quantize_model,
 )

@@ -35,7 +35,7 @@ from lorafit.datamodule import FinetuneDataModule
 from lorafit.errors import InputError
 from lorafit.inject import inject_lora
 from lorafit.isolation import measure_isolation, require_isolation
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = SIZES | {"intermediate_size": 128, "num_key_value_heads": 2}

@@ -20,7 +20,7 @@ from lorafit import merge
 from lorafit.adapter import save_adapter
 from lorafit.embedded import MODEL
 from lorafit.inject import inject_lora, lora_layers
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from lorafit.adapter import load_adapter, save_adapter
 from lorafit.errors import InputError
 from lorafit.inject import adapter_modules, inject_lora, lora_layers, merge_lora
+from lorafit.loading import load_base_model
 from lorafit.merging import (
     Base,
     candidates,
@@ -37,7 +38,7 @@ from lorafit.merging import (
 )
 from lorafit.merging.files import INDEX, FileWeights
 from lorafit.merging.undo import UNDO, from_ordered, ordered
-from lorafit.quant import base_report, disarm_repacking, is_quantized, load_base_model
+from lorafit.quant import base_report, disarm_repacking, is_quantized
 
 TinyLlama = Callable[..., LlamaForCausalLM]
 IDS = torch.arange(24).view(2, 12)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import InputError
 from lorafit.inject import inject_lora, lora_layers, mark_only_lora_as_trainable, merge_lora
+from lorafit.loading import load_base_model
 from lorafit.quant import (
     BaseReport,
     Quantization,
@@ -27,7 +28,6 @@ from lorafit.quant import (
     disarm_repacking,
     is_quantized,
     linear_layers,
-    load_base_model,
     quant_state_tensors,
     quantize_model,
     to_dtype,

@@ -19,7 +19,8 @@ from lorafit.adapter import save_adapter
 from lorafit.errors import InputError
 from lorafit.evaluation import generate
 from lorafit.inject import Adapter, adapter_modules, detach_adapter, inject_lora, lora_layers
-from lorafit.quant import BaseReport, Quantization, load_base_model, quantize_model
+from lorafit.loading import load_base_model
+from lorafit.quant import BaseReport, Quantization, quantize_model
 from lorafit.serving import Adapters
 
 peft = pytest.importorskip("peft")

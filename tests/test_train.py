@@ -29,7 +29,7 @@ from lorafit import train
 from lorafit.adapter import load_adapter
 from lorafit.checkpoint import load_checkpoint
 from lorafit.embedded import MODEL, TEST
-from lorafit.quant import load_base_model
+from lorafit.loading import load_base_model
 
 SMALL = (
     "task.generate_examples=4",

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from lorafit.data.formats import Example
 from lorafit.data.templates import ChatTemplate, PlainTemplate, Rendered, Span
 from lorafit.errors import InputError, did_you_mean, reason
-from lorafit.quant import resolve
+from lorafit.loading import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

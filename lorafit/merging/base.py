@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from lorafit.errors import InputError
 from lorafit.fingerprint import fingerprint_of
+from lorafit.loading import resolve
 from lorafit.merging.files import INDEX, FileWeights, Planned, Weights, indexed_files
 from lorafit.merging.skeleton import (
     aliases,
@@ -34,7 +35,7 @@ from lorafit.merging.skeleton import (
     place_of,
     skeleton,
 )
-from lorafit.quant import BaseReport, Quantization, is_quantized, quantize_as_read, resolve, to_dtype
+from lorafit.quant import BaseReport, Quantization, is_quantized, quantize_as_read, to_dtype
 
 
 @dataclass
