@@ -1,0 +1,343 @@
+"""Which modules of a model take the fast path of fused.py, and which run as they are written down, and why.
+
+    paths = take_fast_path(model)         {name of a LoRA layer: "q/k/v together" | … | "plain: why"}
+    leave_fast_path(model)
+
+A module takes it by becoming an instance of a subclass of its own class that has another `forward`, as PyTorch's fully
+sharded modules do: its parameters, names and place stay, `isinstance` holds, and a copy of it is a copy. No source is
+rewritten and no library patched.
+
+What a module computes is told by trying, not by its name: an attention, a feed-forward block or a norm is taken only
+when the fast forward gives the module's own result on a small input. Where a call cannot take the fast path (a
+cache while generating, another dtype, hooks that want to see the base layer, autocast) the module's own forward runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lorafit import fused
+from lorafit.elementwise import EAGER, Ops
+from lorafit.lora import LoRALinear
+from lorafit.quant import compute_dtype, is_linear, is_quantized, multiplies_only
+
+TOGETHER = "q/k/v together"
+BLOCK = "SwiGLU block"
+ALONE = "layer by layer"
+PLAIN = "plain: "
+
+
+# ------------------------------------------------------------------------------------------------ the fast forwards
+
+
+class _Fast:
+    """What all of them know. ops: which make of the elementwise functions; recompute: whether norms are kept or made
+    anew in the backward pass."""
+
+    fast_ops: Ops
+    fast_recompute: bool
+    fast_options: dict[str, Any]
+
+
+class FastLoRALinear(_Fast, LoRALinear):
+    """LoRALinear in one step of automatic differentiation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _ready(x, self):
+            return super().forward(x)
+        return fused.linears(self.fast_ops, (self,), x, _normed(x))[0]
+
+
+class _FastAttention(_Fast):
+    """Separate projections, norms of queries and keys where there are any, rotary positions, any attention function.
+
+    fast_options: what the module's own forward tells the attention function besides (a window, a soft cap).
+    """
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        x, positions = options.get("hidden_states"), options.get("position_embeddings")
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        cached = options.get("past_key_values") is not None
+        if args or cached or x is None or positions is None or not _ready(x, *projections):
+            return super().forward(*args, **options)  # type: ignore[misc]
+        options = dict(options)
+        mask = options.pop("attention_mask", None)
+        for name in ("hidden_states", "position_embeddings", "past_key_values"):
+            options.pop(name, None)
+        shape = x.shape[:-1]
+        q, k, v = (y.view(*shape, -1, self.head_dim) for y in fused.linears(self.fast_ops, projections, x, _normed(x)))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (fused.rotate(self.fast_ops, each, *positions).transpose(1, 2) for each in (q, k))
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        options |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        y, weights = attend(self, q, k, v.transpose(1, 2), mask, **(self.fast_options | options))
+        return self.o_proj(y.reshape(*shape, -1).contiguous()), weights
+
+
+class _FastSwiGLU(_Fast):
+    """down_proj(silu(gate_proj(x)) · up_proj(x))."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if not _ready(x, *layers):
+            return super().forward(x)  # type: ignore[misc]
+        return fused.swiglu(self.fast_ops, *layers, x, _normed(x))
+
+
+class _FastNorm(_Fast):
+    """weight · x / sqrt(mean(x²) + eps), the weight frozen."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        x = hidden_states
+        eps = self.variance_epsilon
+        if self.weight.requires_grad or x.dtype != self.weight.dtype or _watched(self) or not x.shape[0]:
+            return super().forward(x)  # type: ignore[misc]
+        y = fused.rms_norm(self.fast_ops, x, self.weight, eps)
+        if self.fast_recompute and y.requires_grad:
+            # whoever reads y may keep this instead of it: x is kept by the norm itself, and for the sum after the block
+            y.lorafit_normed = fused.Normed(x.detach(), self.weight, eps)
+        return y
+
+
+def _normed(x: Tensor) -> fused.Normed | None:
+    return getattr(x, "lorafit_normed", None)
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody waits for the module's calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _ready(x: Tensor, *layers: Any) -> bool:
+    """Whether this input can go through the layers in one step: LoRA layers over bases that can be read from outside, or
+    plain frozen ones beside at least one of those; all in the dtype of x."""
+    if torch.is_autocast_enabled(x.device.type) or not any(isinstance(layer, LoRALinear) for layer in layers):
+        return False
+    for layer in layers:
+        base = layer
+        if isinstance(layer, LoRALinear):
+            base = layer.base_layer
+            if any(_watched(part) for part in (base, layer.lora_A, layer.lora_B, layer.dropout)):
+                return False
+            if type(layer).update is not LoRALinear.update:
+                return False
+        elif type(layer) is not nn.Linear and not is_quantized(layer):
+            return False
+        if compute_dtype(base, x) != x.dtype or (base.weight.requires_grad and not is_quantized(base)):
+            return False
+        if len(layers) > 1 and _watched(layer):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ choosing
+
+
+def take_fast_path(model: nn.Module, *, ops: Ops = EAGER, recompute: bool = False) -> dict[str, str]:
+    """Give the modules of an adapted model their fast forward, where they can take it; say of each LoRA layer which.
+
+    recompute: keep no norm and compute it again in the backward pass. What is chosen stays with the modules: an adapter
+    that is detached takes its own along. Nothing is drawn from the random generators.
+    """
+    found: dict[str, str] = {}
+    tried: dict[Any, tuple[str | None, dict[str, Any]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            why = _why_plain(module)
+            found[name] = ALONE if why is None else PLAIN + why
+            if why is None:
+                _become(module, FastLoRALinear, ops, recompute)
+    for name, module in model.named_modules():
+        for mixin, needed, path, probe in _KINDS:
+            if isinstance(module, mixin) or not all(hasattr(module, each) for each in needed):
+                continue
+            key = (mixin, type(module), _signature(module))
+            if key not in tried:
+                tried[key] = _try(module, mixin, probe)
+            why, options = tried[key]
+            if why is None:
+                _become(module, mixin, ops, recompute, options)
+                for layer in (f"{name}.{each}" for each in needed):
+                    if path and found.get(layer) == ALONE:
+                        found[layer] = path
+    return found
+
+
+def leave_fast_path(model: nn.Module) -> None:
+    """Every module runs as it is written down again."""
+    for module in model.modules():
+        if isinstance(module, _Fast):
+            own = LoRALinear if isinstance(module, FastLoRALinear) else type(module).__bases__[1]
+            _become_again(module, own)
+
+
+def _why_plain(layer: LoRALinear) -> str | None:
+    """Why a LoRA layer cannot go in one step, if it cannot."""
+    if not is_quantized(layer.base_layer) and not multiplies_only(layer.base_layer):
+        return f"{type(layer.base_layer).__name__} computes more than x Wᵀ + b"
+    if type(layer) not in (LoRALinear, FastLoRALinear):
+        return f"{type(layer).__name__} has a forward of its own"
+    return None
+
+
+_PLAIN = (bool, int, float, str, type(None))
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def _become(module: Any, mixin: type, ops: Ops, recompute: bool, options: dict[str, Any] | None = None) -> None:
+    """Make a module one of a subclass of its class."""
+    own = type(module)
+    if issubclass(mixin, LoRALinear):
+        module.__class__ = mixin
+    elif not isinstance(module, mixin):
+        key = (mixin, own)
+        if key not in _CLASSES:
+            # its name and place are those of the class it stands for: models look at them
+            _CLASSES[key] = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+        module.__class__ = _CLASSES[key]
+    module.fast_ops, module.fast_recompute, module.fast_options = ops, recompute, dict(options or {})
+
+
+def _become_again(module: Any, own: type) -> None:
+    module.__class__ = own
+    del module.fast_ops, module.fast_recompute, module.fast_options
+
+
+def _signature(module: nn.Module) -> tuple[Any, ...]:
+    """What makes two modules of one class differ: their plain attributes, and the classes of their children."""
+    values = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN) and key != "layer_idx"}
+    children = {name: type(child).__name__ for name, child in module.named_children()}
+    return tuple(sorted(map(repr, (values | children).items())))
+
+
+def _try(module: Any, mixin: type, probe: Callable[[Any], Any]) -> tuple[str | None, dict[str, Any]]:
+    """(None when the fast forward of a module gives what its own gives, else what is different; what the module's own
+    forward tells its attention function)."""
+    own, options = type(module), {}
+    try:
+        with _still(module), torch.no_grad():
+            inputs = probe(module)
+            if inputs is None:
+                return "another layout", {}
+            with _overheard(module) as heard:
+                expected = module(*inputs[0], **inputs[1])
+            calls = list(heard)
+            if calls:
+                options = {key: value for key, value in calls[0][1].items() if key not in ("dropout", "scaling")}
+                if len(calls) > 1 or not all(isinstance(value, _PLAIN) for value in options.values()):
+                    return "its attention is told more than numbers", {}
+            _become(module, mixin, EAGER, False, options)
+            try:
+                with _overheard(module) as heard:
+                    got = module(*inputs[0], **inputs[1])
+            finally:
+                _become_again(module, own)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        return f"{type(error).__name__}: {error}", {}
+    if calls and (len(heard) != 1 or heard[0][1] != calls[0][1]):
+        return "its attention is told something else", {}
+    pairs = [*zip(calls[0][0], heard[0][0], strict=True)] if calls else []
+    first, second = (value[0] if isinstance(value, tuple) else value for value in (expected, got))
+    return (None if all(_close(*pair) for pair in [*pairs, (first, second)]) else "another result"), options
+
+
+def _close(first: Any, second: Any) -> bool:
+    if first is None or second is None:
+        return first is second
+    tolerance = 4 * torch.finfo(first.dtype).eps
+    first, second = first.double(), second.double()
+    close = torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(first.abs().max()))
+    return close and bool(torch.isfinite(first).all())
+
+
+@contextlib.contextmanager
+def _overheard(module: Any) -> Iterator[list[tuple[list[Any], dict[str, Any]]]]:
+    """Within the context: what the attention function of a module is called with, (queries, keys, values, mask) and the
+    rest. Empty for modules that are no attention."""
+    calls: list[tuple[list[Any], dict[str, Any]]] = []
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        yield calls
+        return
+    attend = ALL_ATTENTION_FUNCTIONS[name]
+
+    def listen(of: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+        calls.append(([q, k, v, mask], options))
+        return attend(of, q, k, v, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS[name] = listen
+    try:
+        yield calls
+    finally:
+        ALL_ATTENTION_FUNCTIONS[name] = attend
+
+
+@contextlib.contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and the mode of each part afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _wave(*shape: int, like: Tensor) -> Tensor:
+    """Numbers of both signs that are no pattern, drawn from no generator."""
+    count = torch.Size(shape).numel()
+    values = torch.sin(torch.arange(count, dtype=torch.float32) ** 1.3)
+    dtype = like.dtype if like.is_floating_point() else torch.bfloat16
+    return values.view(shape).to(device=like.device, dtype=dtype)
+
+
+def _width(layer: Any) -> tuple[int, Tensor]:
+    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+    return int(base.in_features), torch.empty((), dtype=compute_dtype(base, base.weight), device=base.weight.device)
+
+
+def _attention_probe(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    if not all(is_linear(child) or isinstance(child, LoRALinear) for child in (getattr(module, n) for n in names)):
+        return None
+    if module.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:  # eager attention is each model's own
+        return None
+    width, like = _width(module.q_proj)
+    angles = torch.arange(5, dtype=torch.float32).unsqueeze(1) * torch.linspace(1, 0.1, module.head_dim // 2)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(0).to(like.device)
+    positions = (angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+    x = _wave(1, 5, width, like=like)
+    return (), {"hidden_states": x, "position_embeddings": positions, "attention_mask": None}
+
+
+def _swiglu_probe(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    layers = (module.gate_proj, module.up_proj, module.down_proj)
+    if not all(is_linear(layer) or isinstance(layer, LoRALinear) for layer in layers):
+        return None
+    numbers = torch.linspace(-8, 8, 64)  # near zero one activation is much like another
+    if not torch.allclose(module.act_fn(numbers), nn.functional.silu(numbers)):
+        return None
+    width, like = _width(module.gate_proj)
+    return (_wave(1, 5, width, like=like),), {}
+
+
+def _norm_probe(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not isinstance(module.weight, nn.Parameter) or module.weight.dim() != 1 or module.weight.requires_grad:
+        return None
+    return (_wave(3, module.weight.numel(), like=module.weight),), {}
+
+
+# (the class that gives the forward, the children or attributes it needs, how its LoRA layers are reported, the input)
+_KINDS: tuple[tuple[type, tuple[str, ...], str | None, Callable[[Any], Any]], ...] = (
+    (_FastNorm, ("weight", "variance_epsilon"), None, _norm_probe),
+    (_FastAttention, ("q_proj", "k_proj", "v_proj", "head_dim", "scaling", "config"), TOGETHER, _attention_probe),
+    (_FastSwiGLU, ("gate_proj", "up_proj", "down_proj", "act_fn"), BLOCK, _swiglu_probe),
+)

@@ -1,0 +1,332 @@
+"""The fast path: several layers as one step of automatic differentiation, with the backward pass written by hand.
+
+The layer in lora.py is the definition. What is here computes the same with fewer and smaller intermediate results, and
+is held equal to it by gradient checks. Written for one linear layer, G being the gradient of its output Y:
+
+    Y = X Wᵀ + b + s · U Bᵀ          U = X Aᵀ                           [tokens, rank]: the only thing kept besides X
+    dA = s · (G B)ᵀ X                dB = s · Gᵀ U                      never [out, in]
+    dX = G W + s · (G B) A           the thin products first
+
+- The update is added onto the base's output in place; no other tensor of its size is made, and nothing is scaled apart.
+- A and B are rounded down to the dtype of X; X is never widened to theirs.
+- Layers that read the same X (queries, keys and values; gate and up) keep it once, and their thin products are one.
+- A quantized W is made dense into one buffer that all layers share, in the forward pass and again in the backward
+  pass: it is needed for the length of one product.
+- The input may be known as the norm of something that is kept anyhow (`Normed`); then that is remembered instead, and
+  the norm computed again.
+- A SwiGLU block keeps X, gate and up, and computes h = silu(gate) · up again.
+
+A frozen layer needs no gradient of its own, and an input that needs none gets none: below the first adapted layer
+nothing is computed and nothing kept. The backward pass may run more than once, but not twice deep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from lorafit.elementwise import Ops
+from lorafit.lora import LoRALinear
+from lorafit.quant import dequantize_shared, is_quantized, stores_int8
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear layer of a step: what of it is no tensor to be trained. dropout: 0 where none is drawn."""
+
+    base: Any
+    scaling: float = 0.0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Normed:
+    """How an input came about: ops.rms_norm(x, weight, eps)."""
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+
+
+def weight_of(base: Any, dtype: torch.dtype) -> Tensor:
+    """The dense [out_features, in_features] weight; of a quantized layer it is valid until the next one is asked for."""
+    if is_quantized(base):
+        return dequantize_shared(base, dtype)
+    return base.weight.T if isinstance(base, Conv1D) else base.weight
+
+
+def base_product(x: Tensor, base: Any, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for x [tokens, in_features]."""
+    if stores_int8(base):
+        return base(x)  # multiplies in 8 bits, which is not x Wᵀ with the dense weight (arXiv:2208.07339)
+    return F.linear(x, weight_of(base, x.dtype), bias)
+
+
+def thin(factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if factor is None else factor.detach().to(dtype)
+
+
+def draw_masks(x: Tensor, members: Sequence[Member]) -> list[Tensor]:
+    """For each member with dropout: which inputs of its A are kept (bool, the shape of x)."""
+    return [
+        torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - m.dropout) for m in members if m.dropout
+    ]
+
+
+def dropped(x: Tensor, mask: Tensor, member: Member) -> Tensor:
+    return (x * mask).mul_(1 / (1 - member.dropout))
+
+
+def add_updates(
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    members: Sequence[Member],
+    factors: Sequence[Tensor | None],
+    masks: list[Tensor],
+) -> Tensor | None:
+    """Add s · (x Aᵀ) Bᵀ onto each member's output, in place; gives all x Aᵀ side by side [tokens, sum of ranks]."""
+    As = [thin(A, x.dtype) for A in factors[0::2]]
+    Bs = [thin(B, x.dtype) for B in factors[1::2]]
+    adapted = [A for A in As if A is not None]
+    if not adapted:
+        return None
+    if masks:
+        left = iter(masks)
+        inputs = [dropped(x, next(left), m) if m.dropout else x for m in members]
+        us = torch.cat([xd @ A.T for xd, A in zip(inputs, As, strict=True) if A is not None], dim=1)
+    else:
+        us = x @ (adapted[0] if len(adapted) == 1 else torch.cat(adapted)).T
+    at = 0
+    for Y, member, B in zip(outputs, members, Bs, strict=True):
+        if B is not None:
+            Y.addmm_(us[:, at : at + B.shape[1]], B.T, alpha=member.scaling)
+            at += B.shape[1]
+    return us
+
+
+def adjoint(
+    x: Tensor,
+    grads: Sequence[Tensor | None],
+    members: Sequence[Member],
+    factors: Sequence[Tensor | None],
+    us: Tensor | None,
+    masks: list[Tensor],
+    needs_x: bool,
+    dx: Tensor | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(gradient of x, [dA, dB of each member]) from the gradients of the members' outputs, each [tokens, out].
+
+    dx: what is known of the gradient of x already; it is added to in place.
+    """
+    d_factors: list[Tensor | None] = [None] * len(factors)
+    left, at = iter(masks), 0
+    parts: list[tuple[Tensor, Tensor, Member, Tensor | None, int]] = []
+    for index, (G, member) in enumerate(zip(grads, members, strict=True)):
+        A, B = thin(factors[2 * index], x.dtype), thin(factors[2 * index + 1], x.dtype)
+        mask = next(left) if member.dropout else None
+        if A is not None and B is not None and us is not None:
+            rank = A.shape[0]
+            if G is not None:
+                d_factors[2 * index + 1] = (G.T @ us[:, at : at + rank]).mul_(member.scaling)
+                parts.append(((G @ B).mul_(member.scaling), A, member, mask, index))
+            at += rank
+        if G is not None and needs_x:
+            W = weight_of(member.base, x.dtype)
+            dx = G @ W if dx is None else dx.addmm_(G, W)
+    if parts and all(mask is None for *_, mask, _ in parts):
+        T = parts[0][0] if len(parts) == 1 else torch.cat([t for t, *_ in parts], dim=1)
+        dA = T.T @ x
+        if dx is not None and needs_x:
+            dx.addmm_(T, parts[0][1] if len(parts) == 1 else torch.cat([A for _, A, *_ in parts]))
+        at = 0
+        for _, A, _, _, index in parts:
+            d_factors[2 * index] = dA[at : at + A.shape[0]]
+            at += A.shape[0]
+    else:
+        for t, A, member, mask, index in parts:
+            d_factors[2 * index] = t.T @ (x if mask is None else dropped(x, mask, member))
+            if dx is not None and needs_x:
+                dx += t @ A if mask is None else dropped(t @ A, mask, member)
+    for index, factor in enumerate(factors):
+        if (gradient := d_factors[index]) is not None and factor is not None:
+            d_factors[index] = gradient.to(factor.dtype)
+    return dx, d_factors
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Linears(torch.autograd.Function):
+    """Linear layers that read one input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ops: Ops, members: Sequence[Member], x: Tensor, normed: Any, *parameters: Tensor | None
+    ) -> Any:
+        # parameters: the bias of each member, then A and B of each
+        biases, factors = parameters[: len(members)], parameters[len(members) :]
+        flat = rows(x)
+        outputs = [base_product(flat, m.base, bias) for m, bias in zip(members, biases, strict=True)]
+        masks = draw_masks(flat, members)
+        us = add_updates(flat, outputs, members, factors, masks)
+        kept = (x, None) if normed is None else (normed.x, normed.weight)
+        ctx.save_for_backward(*kept, us, *factors, *masks)
+        ctx.ops, ctx.members, ctx.eps = ops, members, None if normed is None else normed.eps
+        return tuple(Y.view(*x.shape[:-1], Y.shape[-1]) for Y in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        members, count = ctx.members, len(ctx.members)
+        x, weight, us, *rest = ctx.saved_tensors
+        factors, masks = rest[: 2 * count], rest[2 * count :]
+        shape = x.shape
+        flat = rows(x) if weight is None else ctx.ops.rms_norm(rows(x), weight, ctx.eps)
+        flats = [None if G is None else rows(G) for G in grads]
+        dx, d_factors = adjoint(flat, flats, members, factors, us, masks, ctx.needs_input_grad[2])
+        d_biases = [
+            G.sum(0) if G is not None and ctx.needs_input_grad[4 + index] else None for index, G in enumerate(flats)
+        ]
+        return None, None, None if dx is None else dx.view(shape), None, *d_biases, *d_factors
+
+
+class _SwiGLU(torch.autograd.Function):
+    """down(silu(gate(x)) · up(x))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ops: Ops, members: Sequence[Member], x: Tensor, normed: Any, *parameters: Tensor | None
+    ) -> Any:
+        biases, factors = parameters[:3], parameters[3:]
+        flat = rows(x)
+        gate, up = (base_product(flat, m.base, bias) for m, bias in zip(members[:2], biases[:2], strict=True))
+        masks = draw_masks(flat, members[:2])
+        us = add_updates(flat, (gate, up), members[:2], factors[:4], masks)
+        h = ops.swiglu(gate, up)
+        out = base_product(h, members[2].base, biases[2])
+        masks_h = draw_masks(h, members[2:])
+        us_h = add_updates(h, (out,), members[2:], factors[4:], masks_h)
+        kept = (x, None) if normed is None else (normed.x, normed.weight)
+        ctx.save_for_backward(*kept, gate, up, us, us_h, *factors, *masks, *masks_h)
+        ctx.ops, ctx.members, ctx.eps = ops, members, None if normed is None else normed.eps
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> Any:
+        members, ops = ctx.members, ctx.ops
+        x, weight, gate, up, us, us_h, *rest = ctx.saved_tensors
+        factors, masks = rest[:6], rest[6:]
+        outer = sum(1 for m in members[:2] if m.dropout)
+        shape, flat_G = x.shape, rows(G)
+        needs = ctx.needs_input_grad
+        d_biases: list[Tensor | None] = [None, None, flat_G.sum(0) if needs[6] else None]
+        # everything but down's own factors comes through h
+        inner = needs[2] or any(needs[4:6]) or any(needs[7:11])
+        dh = None
+        if inner:
+            dh = flat_G @ weight_of(members[2].base, flat_G.dtype)
+            if factors[4] is not None:
+                t = (flat_G @ thin(factors[5], flat_G.dtype)).mul_(members[2].scaling)  # type: ignore[operator]
+                A = thin(factors[4], flat_G.dtype)
+                if members[2].dropout:
+                    dh += dropped(t @ A, masks[outer], members[2])
+                else:
+                    dh.addmm_(t, A)
+        if dh is not None:
+            d_gate, d_up, h = ops.swiglu_backward(dh, gate, up)
+            del dh
+        else:
+            h = ops.swiglu(gate, up)
+        _, d_down = adjoint(h, (flat_G,), members[2:], factors[4:], us_h, masks[outer:], False)
+        del h
+        dx, d_inner = None, [None] * 4
+        if inner:
+            flat = rows(x) if weight is None else ops.rms_norm(rows(x), weight, ctx.eps)
+            dx, d_inner = adjoint(flat, (d_gate, d_up), members[:2], factors[:4], us, masks[:outer], needs[2])
+            d_biases[0] = d_gate.sum(0) if needs[4] else None
+            d_biases[1] = d_up.sum(0) if needs[5] else None
+        return None, None, None if dx is None else dx.view(shape), None, *d_biases, *d_inner, *d_down
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The norm with a frozen weight; keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Ops, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ops, ctx.eps = ops, eps
+        return ops.rms_norm(rows(x), weight, eps).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        dx = ctx.ops.rms_norm_backward(rows(dy), rows(x), weight, ctx.eps)
+        return None, dx.view(x.shape), None, None
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary positions: the backward pass turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Ops, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.ops = ops
+        return ops.rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return None, ctx.ops.rotate(dy.contiguous(), cos, -sin), None, None
+
+
+# ------------------------------------------------------------------------------------------------ from layers
+
+
+def as_member(layer: Any) -> tuple[Member, Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    """(what a step needs of a layer that is no tensor, its bias, its A and B); a plain linear layer has no A and B."""
+    if isinstance(layer, LoRALinear):
+        dropout = getattr(layer.dropout, "p", 0.0) if layer.training else 0.0
+        member = Member(layer.base_layer, layer.scaling, dropout)
+        return member, layer.base_layer.bias, (layer.lora_A.value(), layer.lora_B.value())
+    return Member(layer), layer.bias, (None, None)
+
+
+def _step(function: Any, ops: Ops, layers: Sequence[nn.Module], x: Tensor, normed: Normed | None) -> Any:
+    members, biases, factors = zip(*map(as_member, layers), strict=True)
+    return function.apply(ops, members, x, normed, *biases, *(factor for pair in factors for factor in pair))
+
+
+def linears(ops: Ops, layers: Sequence[nn.Module], x: Tensor, normed: Normed | None = None) -> tuple[Tensor, ...]:
+    """The outputs of linear layers, LoRALinear or frozen plain ones, that all read x [..., in_features].
+
+    x must have the dtype in which they multiply. normed: x as the norm of another tensor, which is then kept instead.
+    """
+    return _step(_Linears, ops, layers, x, normed)
+
+
+def swiglu(
+    ops: Ops, gate: nn.Module, up: nn.Module, down: nn.Module, x: Tensor, normed: Normed | None = None
+) -> Tensor:
+    """down(silu(gate(x)) · up(x)), gate and up kept and nothing else of that width."""
+    return _step(_SwiGLU, ops, (gate, up, down), x, normed)
+
+
+def rms_norm(ops: Ops, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm over the last dimension of x; its weight is frozen."""
+    return _RMSNorm.apply(ops, x, weight, eps)
+
+
+def rotate(ops: Ops, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [batch, length, heads, head_dim] turned by its positions."""
+    return _Rotate.apply(ops, x, cos, sin)
