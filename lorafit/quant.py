@@ -18,7 +18,10 @@ on CPUs with AVX-512, both silent:
 from __future__ import annotations
 
 import copy
+import ctypes
+import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +45,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 3.2): input columns above 6.0 are multiplied in 16 bits.
 INT8_OUTLIER_THRESHOLD = 6.0
+_AT_ONCE = 2**17  # weights that are computed together
 
 
 def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -131,6 +135,11 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
 
 
+def stores_int8(module: nn.Module) -> bool:
+    """Whether the linear layer multiplies in 8 bits: then its output is not x Wᵀ with the dense weight."""
+    return isinstance(module, bnb.nn.Linear8bitLt)
+
+
 def features(linear: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer, logical whatever the storage."""
     if isinstance(linear, Conv1D):
@@ -213,6 +222,118 @@ def plain_layer(linear: Any, weight: Tensor) -> nn.Module:
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
     return layer.train(linear.training)
+
+
+# ------------------------------------------------------------------------------------------------ one dense weight
+
+
+class _Shared:
+    """The memory into which weights are dequantized, one after another: a flat tensor per device, dtype and reader.
+
+    A reader is a thread on the CPU and a stream on the GPU: what two of them do may overlap, what one does may not.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def get(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of that kind whose content is arbitrary, in the memory of the one before."""
+        reader = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
+        key, count = (device, dtype, reader), shape.numel()
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < count:
+            self.buffers.pop(key, None)
+            del buffer  # before its successor is there, not after
+            with torch.inference_mode(False):  # its own kind of tensor could not be used in training
+                buffer = self.buffers[key] = torch.empty(count, dtype=dtype, device=device)
+        return buffer[:count].view(shape)
+
+
+_shared = _Shared()
+
+
+def dequantize_shared(linear: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """`dequantize(linear)` as dtype, bit for bit, in memory that all layers share: valid until the next call.
+
+    dtype: None is that of `dequantize`. A layer that is not quantized returns its own weight, uncopied where it has
+    that dtype. A fresh tensor for each product costs more than what is written into it: its pages are mapped one by
+    one. The result must not be saved by autograd; where it is and was overwritten since, backward raises.
+    """
+    if isinstance(linear, bnb.nn.Linear4bit):
+        weight = _unpack_shared(linear)
+    elif isinstance(linear, bnb.nn.Linear8bitLt):
+        return _scale_shared(linear, dtype or torch.float32)
+    else:
+        weight = dequantize(linear)
+    if dtype is None or weight.dtype == dtype:
+        return weight
+    return _shared.get(weight.shape, dtype, weight.device).copy_(weight)
+
+
+def release_shared() -> None:
+    """Give back the memory of `dequantize_shared`. What it returned before stays valid, and is no longer reused."""
+    _shared.buffers.clear()
+
+
+def _unpack_shared(linear: Any) -> Tensor:
+    _undo_repacking(linear)
+    packed, quant_state = linear.weight.data, _quant_state(linear)
+    shape, device = quant_state.shape, packed.device
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[0] == 1 or not packed.is_contiguous():
+        return dequantize(linear)  # one row of packed bytes is bitsandbytes' old way of saying "transposed"
+    if device.type == "cuda":
+        out = _shared.get(shape, quant_state.dtype, device)
+        return bnb.functional.dequantize_4bit(packed, quant_state, out=out)
+    read = _unpack_function(quant_state.quant_type, quant_state.dtype) if device.type == "cpu" else None
+    # what bitsandbytes itself does not leave to this function
+    if read is None or len(shape) != 2 or shape[-1] % 2 or quant_state.blocksize >= 2048:
+        return dequantize(linear)
+    out = _shared.get(shape, quant_state.dtype, device)
+    read(packed, _scales(quant_state), out, quant_state.blocksize)
+    torch.autograd.graph.increment_version(out)  # autograd has not seen this write
+    return out
+
+
+def _scales(quant_state: Any) -> Tensor:
+    """The scale of each block, as float32."""
+    scales = quant_state.absmax
+    if quant_state.nested:
+        scales = bnb.functional.dequantize_blockwise(scales, quant_state.state2)
+        scales += quant_state.offset
+    return scales.float().contiguous()
+
+
+@functools.cache
+def _unpack_function(kind: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, int], None] | None:
+    """The C function behind bitsandbytes' `dequantize_4bit` on the CPU, which takes no `out`; None where the library
+    has none, or one that does something else."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    try:
+        function = getattr(bnb.cextension.lib, f"cdequantize_blockwise_cpu_{kind}_{names[dtype]}")
+
+        def read(packed: Tensor, scales: Tensor, out: Tensor, block: int) -> None:
+            places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, out)]
+            function(*places, *(ctypes.c_longlong(number) for number in (block, *out.shape)))
+
+        weight = torch.linspace(-1, 1, 64 * 64).view(64, 64).to(dtype)
+        packed, quant_state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+        out = torch.empty_like(weight)
+        read(packed, quant_state.absmax, out, 64)
+        return read if torch.equal(out, bnb.functional.dequantize_4bit(packed, quant_state)) else None
+    except (AttributeError, KeyError, RuntimeError):
+        return None
+
+
+def _scale_shared(linear: Any, dtype: torch.dtype) -> Tensor:
+    """An int8 weight times the scales of its rows: rounded to float32, then to dtype, as `dequantize` and `to` do."""
+    codes, scales = linear.weight.data, _int8_scales(linear).unsqueeze(1) / 127.0
+    out = _shared.get(codes.shape, dtype, codes.device)
+    if codes.device.type != "cpu":
+        return torch.mul(codes, scales, out=out)
+    rows = max(1, _AT_ONCE // max(1, codes.shape[1]))  # the product in float32 stays in the processor's cache
+    for start in range(0, codes.shape[0], rows):
+        out[start : start + rows] = codes[start : start + rows] * scales[start : start + rows]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ the two guards

@@ -25,11 +25,13 @@ from lorafit.quant import (
     Quantization,
     base_report,
     dequantize,
+    dequantize_shared,
     disarm_repacking,
     is_quantized,
     linear_layers,
     quant_state_tensors,
     quantize_model,
+    release_shared,
     to_dtype,
 )
 
@@ -467,3 +469,70 @@ def test_a_subclass_of_linear_is_quantized_only_if_it_multiplies_and_does_nothin
     quantize_model(model, Quantization(), torch.device("cpu"), report)
     assert report.quantized == ["1", "2"]
     assert list(report.left) == ["0"] and "Doubling" in report.left["0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *({"type": kind, "double_quant": double} for kind in ("nf4", "fp4") for double in (True, False)),
+        *({"type": "nf4", "block_size": block} for block in (32, 128, 256, 512)),
+        {"type": "int8"},
+    ],
+    ids=lambda recipe: "-".join(str(value) for value in recipe.values()),
+)
+def test_a_weight_in_shared_memory_is_the_one_of_its_own_bit_for_bit(recipe: Any, dtype: torch.dtype) -> None:
+    widths = [(512, 96), (64, 3), (50, 7), (2, 1), (1, 2), *([(33, 12)] if dtype is torch.float32 else [])]
+    layers = nn.Sequential(*(nn.Linear(*width, dtype=dtype) for width in widths))
+    quantized(layers, recipe)
+    assert any(is_quantized(layer) for layer in layers)
+    for layer in layers:
+        expected = dequantize(layer)
+        assert torch.equal(dequantize_shared(layer), expected)
+        for asked in (torch.float32, torch.bfloat16, torch.float16):
+            found = dequantize_shared(layer, asked)
+            assert found.dtype == asked
+            assert torch.equal(found, expected.to(asked))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_shared_memory_is_taken_once_for_all_layers_until_it_is_released(quant: str) -> None:
+    release_shared()
+    model = nn.Sequential(nn.Linear(128, 96), nn.Linear(64, 48), nn.Linear(128, 128))
+    quantized(model, quant)
+    large, small = dequantize_shared(model[2], torch.bfloat16), dequantize_shared(model[1], torch.bfloat16)
+    assert large.data_ptr() == small.data_ptr()
+    assert dequantize_shared(model[0], torch.bfloat16).data_ptr() == large.data_ptr()
+    release_shared()
+    kept = large.clone()
+    dequantize_shared(model[0], torch.bfloat16)
+    assert torch.equal(large, kept)
+
+
+def test_a_layer_in_sixteen_bits_lends_its_own_weight() -> None:
+    linear, conv = nn.Linear(8, 4), Conv1D(4, 8)
+    assert dequantize_shared(linear).data_ptr() == linear.weight.data_ptr()
+    assert dequantize_shared(conv).data_ptr() == conv.weight.data_ptr()
+    assert torch.equal(dequantize_shared(conv, torch.bfloat16), conv.weight.T.bfloat16())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_autograd_notices_that_a_shared_weight_was_overwritten(quant: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantized(model, quant)
+    x = torch.randn(2, 64, requires_grad=True)
+    y = x @ dequantize_shared(model[0], torch.float32).T
+    dequantize_shared(model[1], torch.float32)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_shared_weight_that_was_first_made_for_inference_can_be_trained_through() -> None:
+    release_shared()
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantized(model, "nf4")
+    with torch.inference_mode():
+        dequantize_shared(model[0], torch.float32)
+    x = torch.randn(2, 64, requires_grad=True)
+    (x @ dequantize_shared(model[0], torch.float32).T).sum().backward()
+    assert x.grad is not None
