@@ -32,6 +32,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import InputError, did_you_mean
+from lorafit.fourbit import quantize_blocks
 
 # On an AVX512-BF16 CPU every import of bitsandbytes reports a download that it would like to make.
 # And its 8-bit layer says at every call that it casts its input to float16.
@@ -374,7 +375,7 @@ def reads_back_right(linear: Any, rows: int = 8) -> bool:
         scales = nested.code[scales.long()] * nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
         scales = scales + quant_state.offset
     codes = weight.view(torch.uint8).flatten()
-    read = bnb.functional.dequantize_4bit(weight, quant_state).float()
+    read = dequantize_shared(linear).flatten()
     for first in {0, max(0, out_features - rows)}:
         # whole bytes only: an odd row length may begin in the middle of one
         start, stop = first * in_features // 2 * 2, min(first + rows, out_features) * in_features // 2 * 2
@@ -382,7 +383,7 @@ def reads_back_right(linear: Any, rows: int = 8) -> bool:
         values = quant_state.code[torch.stack((packed >> 4, packed & 15), dim=1).flatten().long()]
         block = torch.arange(start, stop, device=weight.device) // quant_state.blocksize
         expected = (values * scales[block]).to(quant_state.dtype).float()
-        if not torch.allclose(read.flatten()[start:stop], expected, rtol=2e-2, atol=1e-6):
+        if not torch.allclose(read[start:stop].float(), expected, rtol=2e-2, atol=1e-6):
             return False
     return True
 
@@ -453,6 +454,41 @@ def multiplies_only(linear: Any) -> bool:
         return torch.allclose(linear(x), nn.functional.linear(x, linear.weight, linear.bias), rtol=1e-2, atol=1e-3)
 
 
+def quantize_4bit(weight: Tensor, quant: Quantization, device: torch.device) -> tuple[Tensor, Any]:
+    """(packed [⌈n/2⌉, 1], quant_state) of n weights on `device`, as bitsandbytes' `quantize_4bit` gives it, bit for bit.
+
+    On the CPU that one is so slow that it is most of the time of loading; `fourbit.quantize_blocks` does the same.
+    """
+    weight, kind, block = weight.contiguous().to(device), quant.type, quant.block_size or 64
+    if device.type == "cpu" and _blocks_agree(kind):
+        code = bnb.functional.get_4bit_type(kind, device=device)
+        packed, scales = quantize_blocks(weight, block, code)
+        if torch.isfinite(scales).all():
+            state: dict[str, Any] = {"shape": weight.shape, "dtype": weight.dtype, "blocksize": block}
+            state |= {"code": code, "quant_type": kind}
+            if quant.double_quant:
+                offset = scales.mean()
+                scales, nested = bnb.functional.quantize_blockwise(scales - offset, blocksize=256)
+                state |= {"offset": offset, "state2": nested}
+            return packed.unsqueeze(1), bnb.functional.QuantState(absmax=scales, **state)
+    return bnb.functional.quantize_4bit(
+        weight, blocksize=block, compress_statistics=quant.double_quant, quant_type=kind
+    )
+
+
+@functools.cache
+def _blocks_agree(kind: str) -> bool:
+    """Whether this bitsandbytes quantizes as `quantize_blocks` does, where that is decided: at the midpoints."""
+    code = bnb.functional.get_4bit_type(kind, device="cpu")
+    values = code.sort().values
+    midpoints = (values[:-1] + values[1:]) / 2
+    beside = [midpoints.nextafter(torch.tensor(side)) for side in (-1.0, 1.0)]
+    weight = torch.cat((values, midpoints, *beside, torch.zeros(4), torch.linspace(-0.3, 0.1, 65)))
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    found, scales = quantize_blocks(weight, 64, code)
+    return torch.equal(found, packed.flatten()) and torch.equal(scales, state.absmax)
+
+
 def _quantize_linear(linear: Any, quant: Quantization, device: torch.device) -> nn.Module | None:
     """The quantized twin of a linear layer, or None when bitsandbytes cannot hold it rightly on this machine."""
     in_features, out_features = features(linear)
@@ -480,15 +516,18 @@ def _quantize_linear(linear: Any, quant: Quantization, device: torch.device) -> 
             quant_type=quant.type,
             device="meta",
         )
-        packed = bnb.nn.Params4bit(
-            weight,
+        packed, quant_state = quantize_4bit(weight, quant, device)
+        layer.weight = bnb.nn.Params4bit(
+            packed,
             requires_grad=False,
+            quant_state=quant_state,
+            blocksize=quant.block_size,
             compress_statistics=quant.double_quant,
             quant_type=quant.type,
-            blocksize=quant.block_size,
             module=layer,
+            bnb_quantized=True,
         )
-        layer.weight = packed.to(device)
+        layer.quant_state = quant_state
         disarm_repacking(layer)
         if not reads_back_right(layer):
             return None

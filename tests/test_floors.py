@@ -14,7 +14,7 @@ import lorafit
 
 PACKAGE = Path(lorafit.__file__).parent
 FLOORS = {
-    0: ("errors", "fingerprint", "loading", "quant", "rounding", "data", "embedded"),
+    0: ("errors", "fingerprint", "fourbit", "loading", "quant", "rounding", "elementwise", "data", "embedded"),
     1: ("lora", "loss", "fused"),
     2: ("inject",),
     3: (

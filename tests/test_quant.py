@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import InputError
+from lorafit.fourbit import quantize_blocks
 from lorafit.inject import inject_lora, lora_layers, mark_only_lora_as_trainable, merge_lora
 from lorafit.loading import load_base_model
 from lorafit.quant import (
@@ -30,6 +32,7 @@ from lorafit.quant import (
     is_quantized,
     linear_layers,
     quant_state_tensors,
+    quantize_4bit,
     quantize_model,
     release_shared,
     to_dtype,
@@ -536,3 +539,107 @@ def test_a_shared_weight_that_was_first_made_for_inference_can_be_trained_throug
     x = torch.randn(2, 64, requires_grad=True)
     (x @ dequantize_shared(model[0], torch.float32).T).sum().backward()
     assert x.grad is not None
+
+
+def adversarial(kind: str, block: int) -> Tensor:
+    """Blocks of weights on the midpoints between two codes, beside them and on the codes, at several scales, zeros of
+    both signs, and blocks that are all zero or too small to be divided by."""
+    codes = CODES[kind].float()
+    midpoints = (codes[:-1] + codes[1:]) / 2
+    near = [midpoints, *(midpoints.nextafter(torch.tensor(side)) for side in (-2.0, 2.0)), codes]
+    values = torch.cat((torch.tensor([1.0, -1.0, 0.0, -0.0]), *near))
+    values = torch.cat((values, values.new_zeros(-values.numel() % block)))
+    scales = [1.0, -1.0, 3.0, 0.02, 1 / 3, 1e-20, 3e38, 1e-38, 1e-41, 0.0]
+    return torch.cat([values * scale for scale in scales])
+
+
+def expected_4bit(weight: Tensor, kind: str, block: int, double: bool) -> tuple[Tensor, Any]:
+    return bnb.functional.quantize_4bit(weight, blocksize=block, compress_statistics=double, quant_type=kind)
+
+
+def assert_same_state(found: Any, expected: Any) -> None:
+    """Two quant_states hold the same, bit for bit."""
+    assert vars(found).keys() == vars(expected).keys()
+    for name, value in vars(expected).items():
+        own = getattr(found, name)
+        if name == "state2" and value is not None:
+            assert_same_state(own, value)
+        elif isinstance(value, Tensor):
+            assert own.dtype == value.dtype
+            assert torch.equal(own.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
+        else:
+            assert own == value, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [32, 64, 128, 256, 512])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_are_quantized_as_bitsandbytes_does_byte_for_byte(kind: str, block: int, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    every = every[torch.isfinite(every)].float()
+    weights = {
+        "gaussian": torch.randn(130, 1111) * 0.02,
+        "adversarial": adversarial(kind, block),
+        "all of bfloat16": every[torch.randperm(every.numel())],
+        "all of bfloat16 by size": every[every.abs() < 60000],
+        "one": torch.tensor([0.3]),
+        "two": torch.tensor([[0.0], [-0.1]]),
+        "short": torch.randn(block - 1),
+        "a rest": torch.randn(3, 2 * block + 7),
+        "heavy tails": torch.randn(1000, 64) ** 7,
+    }
+    for name, weight in weights.items():
+        weight = weight.to(dtype)
+        for double in (False, True):
+            recipe = Quantization(kind, double, block)
+            packed, state = expected_4bit(weight, kind, block, double)
+            found, own = quantize_4bit(weight, recipe, CPU)
+            assert torch.equal(found, packed), name
+            assert_same_state(own, state)
+        code = bnb.functional.get_4bit_type(kind, device="cpu")
+        codes, scales = quantize_blocks(weight, block, code)
+        if torch.isfinite(scales).all():  # the fast way itself, and not what stands in for it
+            packed, state = expected_4bit(weight, kind, block, False)
+            assert torch.equal(codes, packed.flatten()), name
+            assert torch.equal(scales, state.absmax), name
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_weight_that_is_not_finite_is_left_to_bitsandbytes(kind: str, bad: float) -> None:
+    weight = torch.randn(4, 64)
+    weight[1, 3] = bad
+    packed, state = expected_4bit(weight, kind, 64, False)
+    found, own = quantize_4bit(weight, Quantization(kind, False), CPU)
+    assert torch.equal(found, packed)
+    assert_same_state(own, state)
+
+
+def test_threads_share_a_large_weight_without_a_difference() -> None:
+    weight = (torch.randn(700, 2048) * 0.02).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(quantize_blocks(weight, 64, bnb.functional.get_4bit_type("nf4", device="cpu")))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert torch.equal(found[0][0], expected_4bit(weight, "nf4", 64, False)[0].flatten())
+
+
+def test_a_quantizer_that_rounds_otherwise_is_noticed_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit import quant
+
+    real = bnb.functional.quantize_4bit
+
+    def other(weight: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        return real(weight.nextafter(torch.tensor(torch.inf)), **options)
+
+    assert quant._blocks_agree("nf4")
+    monkeypatch.setattr(bnb.functional, "quantize_4bit", other)
+    quant._blocks_agree.cache_clear()
+    try:
+        assert not quant._blocks_agree("nf4")
+    finally:
+        quant._blocks_agree.cache_clear()
