@@ -28,7 +28,8 @@ from lorafit.embedded import MODEL
 from lorafit.fingerprint import fingerprint_of
 from lorafit.inject import inject_lora, lora_layers
 from lorafit.merging.base import _sampled
-from lorafit.merging.files import FileWeights, Planned, write_shards
+from lorafit.merging.files import write_shards
+from lorafit.weights import FileWeights, Planned
 from lorafit.merging.skeleton import lend_weights, skeleton
 from lorafit.quant import BaseReport
 

@@ -14,18 +14,29 @@ import lorafit
 
 PACKAGE = Path(lorafit.__file__).parent
 FLOORS = {
-    0: ("errors", "fingerprint", "fourbit", "loading", "quant", "rounding", "elementwise", "data", "embedded"),
+    0: (
+        "errors",
+        "fingerprint",
+        "fourbit",
+        "loading",
+        "quant",
+        "rounding",
+        "weights",
+        "elementwise",
+        "data",
+        "embedded",
+    ),
     1: ("lora", "loss", "fused"),
     2: ("inject",),
     3: (
-        *("adapter", "checkpoint", "memory", "retention", "evaluation", "isolation"),
+        *("adapter", "checkpoint", "memory", "machine", "retention", "evaluation", "isolation"),
         *("merging", "serving", "combining", "spectrum"),
     ),
     4: ("module", "datamodule", "trainer"),
     5: ("callbacks",),
     6: (
         *("train", "build", "measuring", "config", "explain", "schema", "tables", "audit_page", "__main__"),
-        *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench"),
+        *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench", "bench_table", "peers"),
     ),
 }
 FLOOR = {part: floor for floor, parts in FLOORS.items() for part in parts}
@@ -88,7 +99,10 @@ def test_parts_of_one_floor_do_not_import_each_other_in_a_circle() -> None:
         ("omegaconf", {"lorafit.config", "lorafit.explain", "lorafit.schema"}),
         ("wandb", {"lorafit.callbacks.wandb"}),
         ("bitsandbytes", {"lorafit.quant"}),
-        ("peft", set()),
+        ("peft", {"lorafit.peers"}),
+        ("trl", {"lorafit.peers"}),
+        ("litgpt", {"lorafit.peers"}),
+        ("unsloth", {"lorafit.peers"}),
     ],
 )
 def test_a_library_lives_in_one_file(library: str, homes: set[str]) -> None:

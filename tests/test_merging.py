@@ -36,9 +36,9 @@ from lorafit.merging import (
     unmerge_folder,
     write_merged,
 )
-from lorafit.merging.files import INDEX, FileWeights
 from lorafit.merging.undo import UNDO, from_ordered, ordered
 from lorafit.quant import base_report, disarm_repacking, is_quantized
+from lorafit.weights import INDEX, FileWeights
 
 TinyLlama = Callable[..., LlamaForCausalLM]
 IDS = torch.arange(24).view(2, 12)

@@ -25,17 +25,16 @@ from transformers.utils import cached_file
 from lorafit.errors import InputError
 from lorafit.fingerprint import fingerprint_of
 from lorafit.loading import resolve
-from lorafit.merging.files import INDEX, FileWeights, Planned, Weights, indexed_files
 from lorafit.merging.skeleton import (
     aliases,
     as_dtype,
-    give_memory_back,
     lend_weights,
     only_multiplies,
     place_of,
     skeleton,
 )
 from lorafit.quant import BaseReport, Quantization, is_quantized, quantize_as_read, to_dtype
+from lorafit.weights import INDEX, FileWeights, Planned, Weights, give_memory_back, indexed_files
 
 
 @dataclass

@@ -24,7 +24,6 @@ from lorafit.errors import InputError
 from lorafit.inject import adapter_modules, trained_biases
 from lorafit.lora import LoRAEmbedding, LoRALinear, TrainedCopy
 from lorafit.merging.base import Base, stored, there
-from lorafit.merging.files import Planned
 from lorafit.merging.skeleton import lend_weights, place_of
 from lorafit.quant import (
     Quantization,
@@ -37,6 +36,7 @@ from lorafit.quant import (
     requantize,
     transformers_quantization,
 )
+from lorafit.weights import Planned
 
 ORIGINAL, DEQUANTIZED, REQUANTIZED = CANDIDATES = ("original", "dequantized", "requantized")
 _AT_ONCE = 2**24  # values of an update that are computed together: 64 MiB in float32

@@ -25,9 +25,10 @@ from lorafit.checkpoint import replace_folder, write_atomically, write_json
 from lorafit.errors import InputError, reason
 from lorafit.inject import adapter_modules
 from lorafit.merging.candidates import DEQUANTIZED, REQUANTIZED, Candidate
-from lorafit.merging.files import INDEX, FileWeights, Planned, write_shards
+from lorafit.merging.files import write_shards
 from lorafit.merging.skeleton import lend_weights, skeleton
 from lorafit.merging.undo import UNDO, UndoWriter, adapter_of, read_undo, restore
+from lorafit.weights import INDEX, FileWeights, Planned
 
 RECORD, CARD = "lorafit.json", "README.md"
 # what a tokenizer and a chat template may be stored as; anything else of the base's folder stays there

@@ -9,7 +9,6 @@ of a call it holds its weight. As the layer itself does the work, the results ar
 from __future__ import annotations
 
 import copy
-import ctypes
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import InputError
-from lorafit.merging.files import Planned, Weights
 from lorafit.quant import is_linear, is_quantized, linear_layers
+from lorafit.weights import Planned, Weights
 
 
 def skeleton(
@@ -37,18 +36,6 @@ def skeleton(
     model.requires_grad_(False)
     model.config.use_cache = False  # as load_base_model does: packed examples would see each other through it
     return model
-
-
-def give_memory_back() -> None:
-    """Let glibc return large blocks to the system when they are freed, for the rest of the process.
-
-    It raises the size from which it does so each time that such a block is freed, up to 32 MiB; the weights of most
-    layers are smaller, and what they leave behind in the heap was half of a merge's memory.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_mmap_threshold = -3
-        mallopt(m_mmap_threshold, 2**20)
 
 
 def aliases(model: Any) -> dict[str, str]:

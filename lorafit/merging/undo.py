@@ -27,7 +27,7 @@ from lorafit.errors import InputError
 from lorafit.lora import LoRAEmbedding, LoRALayer, LoRALinear
 from lorafit.merging.base import stored
 from lorafit.merging.candidates import Candidate, update_rows
-from lorafit.merging.files import Planned, read_header, write_file
+from lorafit.weights import Planned, read_header, write_file
 
 # content of a safetensors file; by another suffix, as readers of models take all that are called *.safetensors
 UNDO = "undo.lorafit"

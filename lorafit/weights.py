@@ -1,0 +1,194 @@
+"""Weights in files: safetensors read and written a tensor at a time, so that they are never whole in memory.
+
+A file is opened for each tensor and closed again. Mapping it into memory would be shorter, but pages of a mapped
+file count as memory of the process as soon as they are touched, and what is loaded in 4 bits, or merged, is to fit
+where the 16-bit model does not.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes for the length of a JSON header, the
+header with the dtype, shape and place of each tensor, and the tensors. As all shapes are known before the first
+weight is computed, the header can be written first and the weights one after another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is not there yet: its dtype and shape, and how it is made; or how it is read into memory that is
+    there, of `nbytes` uint8."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    read_into: Callable[[Tensor], None] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Weights = Mapping[str, Planned]  # named tensors in an order, one at a time in memory
+
+
+class FileWeights(Mapping[str, Planned]):
+    """The tensors of a model folder, or of some safetensors files, in the order in which they lie there.
+
+    Raises InputError for an index or a file that cannot be read.
+    """
+
+    def __init__(self, source: str | Path | Iterable[str | Path]) -> None:
+        files = _files_of(Path(source)) if isinstance(source, str | Path) else source
+        self._tensors: dict[str, Planned] = {}
+        for path in files:
+            self._tensors |= read_header(Path(path))[0]
+
+    def __getitem__(self, name: str) -> Planned:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        return [folder / name for name in indexed_files(folder)]
+    files = sorted(folder.glob("*.safetensors"))
+    return [path for path in files if path.name == "model.safetensors"] or files
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """The names of the files in which the index of a folder says that its tensors are. Raises InputError."""
+    try:
+        names = list(dict.fromkeys(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{str(folder / INDEX)!r} is no index of a model's files: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise InputError(f"{str(folder / INDEX)!r} names {name!r}, which is no file of its folder")
+    return names
+
+
+def read_header(path: Path) -> tuple[dict[str, Planned], dict[str, str]]:
+    """(the tensors of a safetensors file in their order, its metadata)."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            size = os.fstat(file.fileno()).st_size
+        metadata = header.pop("__metadata__", {})
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        tensors = {name: _in_file(path, 8 + length, entry) for name, entry in entries}
+        end = 8 + length + max((entry["data_offsets"][1] for _, entry in entries), default=0)
+        if size < end:
+            raise ValueError(f"it is cut: {size} bytes are there of {end}")
+        return tensors, metadata
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise InputError(f"{str(path)!r} is no safetensors file that can be read: {error!r}") from error
+
+
+def _in_file(path: Path, start: int, entry: Mapping[str, Any]) -> Planned:
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    first, last = entry["data_offsets"]
+    if last - first != math.prod(shape) * dtype.itemsize or min(first, *shape, 0) < 0:
+        raise ValueError(f"bytes {first} to {last} are not those of a {list(shape)} in {entry['dtype']}")
+
+    def read_into(memory: Tensor) -> None:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start + first)
+            view, at = memory.numpy().data, 0
+            while at < len(view):
+                got = file.readinto(view[at:])
+                if not got:
+                    raise InputError(f"{str(path)!r} ends before its last tensor: it is cut")
+                at += got
+
+    def read() -> Tensor:
+        if first == last:
+            return torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(last - first, dtype=torch.uint8)
+        read_into(tensor)
+        return tensor.view(dtype).view(shape)
+
+    return Planned(dtype, shape, read, read_into)
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, Planned],
+    metadata: Mapping[str, str] | None = None,
+    seen: Callable[[str, Tensor], None] | None = None,
+) -> None:
+    """Write one safetensors file, a tensor at a time, and see it to the disk. Not atomic: for files in a draft."""
+    ordered: Sequence[tuple[str, Planned]] = list(tensors.items())
+    if len({planned.dtype.itemsize for _, planned in ordered}) > 1:
+        # readers take a tensor as a view of the file, which must begin at a multiple of its item's size
+        ordered = sorted(ordered, key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    at = 0
+    for name, planned in ordered:
+        header[name] = {
+            "dtype": NAMES[planned.dtype],
+            "shape": list(planned.shape),
+            "data_offsets": [at, at + planned.nbytes],
+        }
+        at += planned.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, planned in ordered:
+            tensor = planned.make().detach().cpu().contiguous()
+            if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
+                raise AssertionError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {planned}")
+            if seen is not None:
+                seen(name, tensor)
+            if tensor.numel():
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def give_memory_back() -> None:
+    """Let glibc return large blocks to the system when they are freed, for the rest of the process.
+
+    It raises the size from which it does so each time that such a block is freed, up to 32 MiB; the weights of most
+    layers are smaller, and what they leave behind in the heap was half of a merge's memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_mmap_threshold = -3
+        mallopt(m_mmap_threshold, 2**20)
