@@ -211,6 +211,11 @@ class AfterHead:
 _FOUND: WeakKeyDictionary[nn.Module, AfterHead | None] = WeakKeyDictionary()
 
 
+def after_head(model: nn.Module) -> AfterHead | None:
+    """What `supervised_loss` has found out about the model; None where it is nothing known, or has not been asked."""
+    return _FOUND.get(model)
+
+
 def _find_after_head(config: Any, probe: Tensor, given: Tensor) -> AfterHead | None:
     """What turned the logits `probe` into `given`, exactly; None where nothing known did."""
     if probe.shape != given.shape:

@@ -1,9 +1,14 @@
-"""The loss: it is the model's own, as a sum over the supervised tokens, and the head does no other work.
+"""The loss: it is the model's own, as a sum over the supervised tokens, and it makes no difference that it is made in
+chunks; the head does no other work.
 
 pytest tests/test_loss.py
 """
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +16,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Phi3Config,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
 
 from lorafit.data import IGNORE, collate, collate_packed
 from lorafit.data.loader import collate_rows
 from lorafit.data.packing import best_fit
 from lorafit.errors import InputError
-from lorafit.inject import inject_lora, mark_only_lora_as_trainable
-from lorafit.loss import head_sees, supervised_logits, supervised_loss
+from lorafit.inject import adapters_off, inject_lora, lora_layers, mark_only_lora_as_trainable
+from lorafit.lora import LoRALinear, TrainedCopy
+from lorafit.loss import (
+    AfterHead,
+    after_head,
+    chunk_rows,
+    head_sees,
+    linear_cross_entropy,
+    supervised_logits,
+    supervised_loss,
+)
+from lorafit.quant import BaseReport, Quantization, is_quantized, quantize_model
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = SIZES | {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
@@ -148,6 +170,324 @@ def test_the_hook_is_gone_even_after_an_error(model: PreTrainedModel) -> None:
 def test_a_model_without_an_output_head_is_refused() -> None:
     with pytest.raises(InputError, match="Linear has no output head"):
         supervised_loss(nn.Linear(2, 2), batch())
+
+
+# --- head and loss, chunk by chunk ----------------------------------------------------------------
+
+ROWS, WIDTH, VOCABULARY = 37, 64, 101
+
+
+def hidden_and_targets() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator)
+    return hidden.requires_grad_(), torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+
+
+def linear(*, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(4)
+    return nn.Linear(WIDTH, VOCABULARY, bias=bias).requires_grad_(False)
+
+
+def quantized(kind: str) -> nn.Module:
+    holder = nn.ModuleDict({"head": linear()})
+    # products in float32: what is compared is the order of work, and not the rounding of bfloat16
+    quantize_model(
+        holder, Quantization.of({"type": kind, "compute_dtype": "float32"}), torch.device("cpu"), BaseReport("", None)
+    )
+    assert is_quantized(holder["head"])
+    return holder["head"]
+
+
+def adapted(base: nn.Module, **options: Any) -> LoRALinear:
+    layer = LoRALinear(base, rank=4, alpha=8, **options)
+    nn.init.normal_(layer.lora_B.weight, std=0.1)
+    return layer
+
+
+HEADS = {
+    "plain": linear,
+    "with a bias": lambda: linear(bias=True),
+    "trained itself": lambda: linear(bias=True).requires_grad_(True),
+    "nf4": lambda: quantized("nf4"),
+    "int8": lambda: quantized("int8"),
+    "adapted": lambda: adapted(linear(bias=True)),
+    "adapted nf4": lambda: adapted(quantized("nf4")),
+    "adapter rounded to int8": lambda: adapted(linear(), adapter_dtype="int8"),
+    "a trained copy": lambda: TrainedCopy(linear(bias=True)),
+    "one that reads its logits again": lambda: nn.Sequential(linear(bias=True), nn.Tanh()),
+    "Conv1D": lambda: Conv1D(VOCABULARY, WIDTH).requires_grad_(False),
+}
+
+
+def full_logits_loss(hidden: Tensor, head: nn.Module, targets: Tensor, change: AfterHead | None = None) -> Tensor:
+    """What is to be reproduced: all logits at once, and PyTorch's own gradient."""
+    logits = head(hidden)
+    return F.cross_entropy((change(logits) if change else logits).float(), targets, reduction="sum")
+
+
+def wanted(hidden: Tensor, head: nn.Module) -> list[Tensor]:
+    return [hidden, *(parameter for parameter in head.parameters() if parameter.requires_grad)]
+
+
+@pytest.mark.parametrize("rows", [1, 5, ROWS, 1000, None])
+@pytest.mark.parametrize("kind", HEADS)
+def test_any_head_in_chunks_has_the_loss_and_the_gradients_of_all_logits_at_once(kind: str, rows: int | None) -> None:
+    (hidden, targets), head = hidden_and_targets(), HEADS[kind]()
+    reference = full_logits_loss(hidden, head, targets)
+    loss = linear_cross_entropy(hidden, head, targets, rows=rows)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    # the factor shows that the backward pass multiplies by what comes in
+    ours, theirs = (torch.autograd.grad(1.5 * value, wanted(hidden, head)) for value in (loss, reference))
+    for gradient, exact in zip(ours, theirs, strict=True):
+        # int8: bitsandbytes rounds its activations to float16, with other rows in other places of the last bit
+        tolerance = 2e-3 if kind == "int8" else 1e-5
+        assert exact.norm() > 0
+        assert (gradient - exact).norm() <= tolerance * exact.norm()
+    with torch.no_grad():
+        alone = linear_cross_entropy(hidden, head, targets, rows=rows)
+    assert not alone.requires_grad
+    torch.testing.assert_close(alone, reference.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change", [AfterHead("cap", 0.7), AfterHead("times", 3.0), AfterHead("over", 3.0), AfterHead("cap", 0.7, True)]
+)
+@pytest.mark.parametrize("kind", ["plain", "adapted nf4"])
+def test_what_comes_after_the_head_is_part_of_loss_and_gradient(kind: str, change: AfterHead) -> None:
+    (hidden, targets), head = hidden_and_targets(), HEADS[kind]()
+    reference = full_logits_loss(hidden, head, targets, change)
+    assert abs(reference - full_logits_loss(hidden, head, targets)) > 1e-2 * reference
+    loss = linear_cross_entropy(hidden, head, targets, change, rows=8)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(x, wanted(hidden, head)) for x in (loss, reference)), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("change", [None, AfterHead("cap", 0.7)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_its_gradient_is_the_slope_of_its_loss_in_float64(trained: bool, change: AfterHead | None) -> None:
+    torch.manual_seed(5)
+    head, hidden = nn.Linear(6, 11).double().requires_grad_(trained), torch.randn(5, 6, dtype=torch.float64)
+    targets = torch.randint(0, 11, (5,))
+    assert torch.autograd.gradcheck(
+        lambda x, *_: linear_cross_entropy(x, head, targets, change, rows=2),
+        (hidden.requires_grad_(), *(head.parameters() if trained else ())),
+    )
+
+
+def test_a_target_of_no_probability_has_a_finite_loss_and_its_gradient() -> None:
+    head = nn.Linear(2, 2, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[500.0, 0.0], [0.0, 0.0]]))
+    hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)  # logits 500 and 0: exp(-500) is 0 in float32
+    loss = linear_cross_entropy(hidden, head, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == 500.0
+    assert hidden.grad is not None and hidden.grad.tolist() == [[500.0, 0.0]]  # (1, -1) through the weight
+
+
+def test_gradients_of_a_head_over_bfloat16_are_summed_in_float32() -> None:
+    """Summed in bfloat16, 256 contributions of one size stop at 256 times 2^-8 of what is there."""
+    head = nn.Linear(1, 2, bias=False).bfloat16()
+    nn.init.zeros_(head.weight)
+    rows = 1024
+    hidden = torch.ones(rows, 1, dtype=torch.bfloat16)
+    linear_cross_entropy(hidden, head, torch.zeros(rows, dtype=torch.long), rows=1).backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.flatten().tolist() == [-rows / 2, rows / 2]
+
+
+def test_dropout_in_an_adapted_head_has_one_mask_for_loss_and_gradient() -> None:
+    (hidden, targets), head = hidden_and_targets(), adapted(linear(), dropout=0.5).train()
+    torch.manual_seed(6)
+    loss = linear_cross_entropy(hidden, head, targets, rows=ROWS)
+    torch.manual_seed(6)
+    reference = full_logits_loss(hidden, head, targets)
+    torch.testing.assert_close(loss, reference)
+    for ours, theirs in zip(*(torch.autograd.grad(x, wanted(hidden, head)) for x in (loss, reference)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_no_row_at_all_gives_zeros() -> None:
+    for kind in ("plain", "adapted"):
+        (hidden, targets), head = hidden_and_targets(), HEADS[kind]()
+        loss = linear_cross_entropy(hidden[:0], head, targets[:0])
+        loss.backward()
+        assert loss == 0
+        assert all(x.grad is not None and not x.grad.any() for x in wanted(hidden, head))
+
+
+def test_a_chunk_is_smaller_the_larger_the_vocabulary() -> None:
+    cpu = torch.device("cpu")
+    assert [chunk_rows(size, cpu) for size in (97, 8192, 32_000, 49_152, 256_000)] == [1024, 1024, 256, 128, 128]
+    assert chunk_rows(32_000, torch.device("cuda")) == 1024
+
+
+def test_bfloat16_costs_no_more_than_with_all_logits_at_once() -> None:
+    """Against float32 on the same bfloat16 numbers; 1.1 is the promise."""
+    torch.manual_seed(7)
+    head = nn.Linear(64, 3000, bias=False).bfloat16().requires_grad_(False)
+    nn.init.normal_(head.weight, std=0.1)
+    hidden, targets = torch.randn(300, 64, dtype=torch.bfloat16), torch.randint(0, 3000, (300,))
+
+    def gradient(compute: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        x = hidden.to(dtype).requires_grad_()
+        return torch.autograd.grad(compute(x, copy.deepcopy(head).to(dtype), targets), x)[0].float()
+
+    exact = gradient(full_logits_loss, torch.float32)
+    ours = (gradient(linear_cross_entropy, torch.bfloat16) - exact).norm()
+    theirs = (gradient(full_logits_loss, torch.bfloat16) - exact).norm()
+    assert 0 < ours <= 1.1 * theirs < 0.01 * exact.norm()
+
+
+# --- what a model does after its head -------------------------------------------------------------
+
+TIED = WIDE | {"tie_word_embeddings": True}
+AFTER = {
+    "tied": (LlamaConfig(**TIED), AfterHead()),
+    "gemma2": (CONFIGS["gemma2"], AfterHead("cap", 0.5)),
+    "gemma3": (Gemma3TextConfig(**WIDE, final_logit_softcapping=0.7), AfterHead("cap", 0.7)),
+    "granite": (GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=0.3), AfterHead("over", 0.3)),
+    "cohere": (CohereConfig(**SIZES, num_key_value_heads=2, logit_scale=2.5), AfterHead("times", 2.5)),
+}
+
+
+def made_of(config: PreTrainedConfig, adapt_head: bool = False) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+    inject_lora(model, rank=4, alpha=8, target_modules=["q_proj", "lm_head"] if adapt_head else "all_linear")
+    mark_only_lora_as_trainable(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def agrees_with_all_logits_at_once(model: PreTrainedModel) -> None:
+    loss, count = supervised_loss(model, batch())
+    own = model(**batch()).loss * count
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-5)
+    theirs = gradients(model, own)
+    for name, gradient in gradients(model, loss).items():
+        assert (gradient - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("adapt_head", [False, True])
+@pytest.mark.parametrize("name", AFTER)
+def test_what_a_model_does_after_its_head_is_found_and_done(name: str, adapt_head: bool) -> None:
+    config, expected = AFTER[name]
+    model = made_of(config, adapt_head)
+    # twice: found out in one pass, known in the next
+    for _ in range(2):
+        agrees_with_all_logits_at_once(model)
+        assert after_head(model) == expected
+
+
+def test_it_is_found_in_bfloat16_and_in_float32_alike() -> None:
+    for name, (config, expected) in AFTER.items():
+        model = made_of(config).bfloat16()
+        supervised_loss(model, batch())
+        assert after_head(model) == expected, name
+
+
+class Shifted(LlamaForCausalLM):
+    """A model that does something of its own to its logits."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        output = super().forward(*inputs, **{key: value for key, value in named.items() if key != "labels"})
+        output.logits = output.logits + torch.linspace(-1, 1, output.logits.shape[-1])
+        if named.get("labels") is not None:
+            output.loss = self.loss_function(output.logits, named["labels"], vocab_size=97)
+        return output
+
+
+def test_a_model_that_does_something_else_computes_its_own_logits() -> None:
+    torch.manual_seed(0)
+    model = Shifted(CONFIGS["llama"])
+    for _ in range(2):
+        agrees_with_all_logits_at_once(model)
+        assert after_head(model) is None
+
+
+class Unheard(LlamaForCausalLM):
+    """A model that reads its head's weight and never calls it."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        named.pop("labels", None)
+        output = super().forward(*inputs, **named, logits_to_keep=1)
+        hidden = self.model(*inputs, **named).last_hidden_state
+        output.logits = F.linear(hidden, self.lm_head.weight)
+        return output
+
+
+class Flat(LlamaForCausalLM):
+    """A model that gives its head all places in one row."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        hidden = self.model(*inputs, **named).last_hidden_state
+        logits = self.lm_head(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        return CausalLMOutputWithPast(logits=logits)
+
+
+@pytest.mark.parametrize("kind", [Unheard, Flat])
+def test_a_head_that_is_called_in_another_way_has_its_rows_taken_afterwards(kind: type[LlamaForCausalLM]) -> None:
+    torch.manual_seed(0)
+    model, usual = kind(CONFIGS["llama"]), LlamaForCausalLM(CONFIGS["llama"])
+    usual.load_state_dict(model.state_dict())
+    for _ in range(2):
+        torch.testing.assert_close(supervised_loss(model, batch()), supervised_loss(usual, batch()))
+    torch.testing.assert_close(supervised_logits(model, batch()), supervised_logits(usual, batch()))
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Shifted])
+def test_finding_out_draws_no_random_number(kind: type[LlamaForCausalLM]) -> None:
+    """A run that goes on after a kill finds out anew, and has to draw what the first one drew."""
+    torch.manual_seed(0)
+    model = kind(LlamaConfig(**WIDE, attention_dropout=0.3, attn_implementation="eager")).train()
+    inject_lora(model, rank=4, alpha=8, dropout=0.5, target_modules=["q_proj", "lm_head"])
+    mark_only_lora_as_trainable(model)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B.weight, std=0.1)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(8)
+        found.append((supervised_loss(model, batch())[0].item(), torch.get_rng_state()))
+    torch.manual_seed(9)
+    assert supervised_loss(model, batch())[0].item() != found[0][0]
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+def test_an_adapter_over_the_head_may_come_and_go() -> None:
+    model = made_of(AFTER["cohere"][0], adapt_head=True)
+    agrees_with_all_logits_at_once(model)
+    with adapters_off(model), torch.no_grad():
+        off, count = supervised_loss(model, batch())
+        torch.testing.assert_close(off, model(**batch()).loss * count, rtol=1e-5, atol=1e-5)
+    agrees_with_all_logits_at_once(model)
+
+
+def test_the_head_is_itself_again_even_after_an_error(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            supervised_loss(model, batch())
+    assert "forward" not in vars(head)
+    handle.remove()
+    assert model(batch()["input_ids"]).logits.shape == (2, 12, 97)
+
+
+def test_whoever_watches_the_head_sees_every_row_once() -> None:
+    model = made_of(AFTER["tied"][0])
+    supervised_loss(model, batch())
+    seen: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1]))
+    loss, _ = supervised_loss(model, batch())
+    handle.remove()
+    assert sum(seen) == 11
+    torch.testing.assert_close(loss, supervised_loss(model, batch())[0])
 
 
 # --- packed and unpacked --------------------------------------------------------------------------
