@@ -102,6 +102,8 @@ def build_module(config: Config) -> FinetuneModule:
         adapter_dtype=config.adapter_dtype,
         **model_options(config),
         checkpointing=config.model.checkpointing,
+        fused=config.model.fused,
+        compile=config.model.compile,
         optimizer=optimizer.pop("_target_"),
         optimizer_args=optimizer,
         scheduler=config.scheduler.name,

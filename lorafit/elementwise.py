@@ -18,9 +18,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lorafit.errors import InputError
 
 # Rows are taken in blocks of about this many numbers, several of which fit the second-level cache of a core together.
 BLOCK = 64 * 1024
@@ -34,6 +37,10 @@ class Ops:
     swiglu(gate, up) -> h; swiglu_backward(dh, gate, up) -> (d gate, d up, h)
     rotate(x, cos, sin) -> x rotated, sin negated in the backward pass; x [batch, length, heads, head_dim], cos and sin
     [batch or 1, length, head_dim]
+    attend(scores, first, scale, lengths) -> (weights, log of the sum of each row's exponentials), causal: scores
+    [n, groups, queries, keys] of the queries from place `first` on against all keys up to the last of them; lengths
+    [n]: how many keys there are, or None for all. attend_backward(scores, d weights, log sums, delta, first, scale, lengths)
+    -> (weights, d scores), delta being the sum of each row's output · its gradient
     cross_entropy(logits, targets) -> (sum of -log p in float32, d sum / d logits); logits may be overwritten
     """
 
@@ -43,6 +50,8 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Callable[[Tensor, int, float, Tensor | None], tuple[Tensor, Tensor]]
+    attend_backward: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor | None], tuple[Tensor, Tensor]]
     cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -91,6 +100,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(
         (left * cos[..., :half] - right * sin[..., :half], right * cos[..., half:] + left * sin[..., half:]), dim=-1
     ).to(x.dtype)
+
+
+def hidden(scores: Tensor, first: int, lengths: Tensor | None) -> Tensor:
+    """Which keys a query does not see: those after it, and padding; [n or 1, 1, queries, keys]."""
+    queries, keys = scores.shape[-2:]
+    row = torch.arange(queries, device=scores.device).view(queries, 1) + first
+    column = torch.arange(keys, device=scores.device)
+    later = (column > row).view(1, 1, queries, keys)
+    return later if lengths is None else later | (column >= lengths.view(-1, 1, 1, 1))
+
+
+def attend(scores: Tensor, first: int, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(scale · scores) over the keys that a query sees (arXiv:1706.03762, section 3.2.1)."""
+    s = (wide(scores) * scale).masked_fill(hidden(scores, first, lengths), -torch.inf)
+    largest = s.amax(-1, keepdim=True)
+    e = (s - largest).exp()
+    total = e.sum(-1, keepdim=True)
+    return (e / total).to(scores.dtype), (largest + total.log()).squeeze(-1)
+
+
+def attend_backward(
+    scores: Tensor, d_weights: Tensor, log_sums: Tensor, delta: Tensor, first: int, scale: float, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The weights made anew from their sums, and through the softmax (arXiv:2205.14135, appendix B.2)."""
+    s = wide(scores) * scale - log_sums.unsqueeze(-1)
+    p = s.exp().masked_fill(hidden(scores, first, lengths), 0.0)
+    return p.to(scores.dtype), (p * (wide(d_weights) - delta.unsqueeze(-1)) * scale).to(scores.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,6 +188,28 @@ def _eager_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
+def _hide(s: Tensor, first: int, lengths: Tensor | None, value: float) -> Tensor:
+    """Put a value, in place, where a query does not see a key; most of the keys come before all of the queries."""
+    s[..., first:].masked_fill_(hidden(s[..., first:], 0, None), value)
+    if lengths is not None:
+        s.masked_fill_(torch.arange(s.shape[-1], device=s.device) >= lengths.view(-1, 1, 1, 1), value)
+    return s
+
+
+def _eager_attend(scores: Tensor, first: int, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    s = _hide(wide(scores) * scale, first, lengths, -torch.inf)
+    log_sums = s.logsumexp(-1)
+    return s.sub_(log_sums.unsqueeze(-1)).exp_().to(scores.dtype), log_sums
+
+
+def _eager_attend_backward(
+    scores: Tensor, d_weights: Tensor, log_sums: Tensor, delta: Tensor, first: int, scale: float, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    p = _hide((wide(scores) * scale).sub_(log_sums.unsqueeze(-1)).exp_(), first, lengths, 0.0)
+    d_scores = (wide(d_weights) - delta.unsqueeze(-1)).mul_(scale).mul_(p)
+    return p.to(scores.dtype), d_scores.to(scores.dtype)
+
+
 def _eager_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     index = targets.unsqueeze(1)
     logarithm = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -168,6 +226,8 @@ EAGER = Ops(
     _eager_swiglu,
     _eager_swiglu_backward,
     _eager_rotate,
+    _eager_attend,
+    _eager_attend_backward,
     _eager_cross_entropy,
 )
 
@@ -178,5 +238,34 @@ EAGER = Ops(
 @functools.cache
 def compiled() -> Ops:
     """The formulas through torch.compile, for any number of rows; each is compiled at its first call."""
-    formulas = (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate, cross_entropy)
-    return Ops("compiled", *(torch.compile(formula, dynamic=True, fullgraph=True) for formula in formulas))
+    formulas: list[Any] = [rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate]
+    formulas += [attend, attend_backward, cross_entropy]
+    return Ops("compiled", *(torch.compile(formula, dynamic=True) for formula in formulas))
+
+
+# Multiplications and additions of a run from which on compiling pays: it costs ten seconds on two cores of a CPU and
+# saves a tenth of the time there; on a GPU a minute and less than a tenth, which is an estimate and not measured.
+WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e17}
+
+
+@functools.cache
+def _refusal(device: torch.device) -> str | None:
+    """Why compiling does not work on this machine, found by doing it; None where it does."""
+    try:
+        with torch.no_grad():
+            x = torch.ones(3, 8, device=device)
+            compiled().rms_norm(x, x[0], 1e-6)
+    except Exception as error:  # whatever a compiler that is missing or broken brings about
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    return None
+
+
+def require_compiled(device: torch.device) -> Ops:
+    """The compiled functions. Raises InputError where this machine cannot compile."""
+    if (why := _refusal(torch.device(device.type))) is not None:
+        raise InputError(
+            f"model.compile: torch.compile does not work on this machine ({why}). "
+            "Install a C++ compiler (on CUDA: Triton), or choose model.compile=off"
+        )
+    return compiled()

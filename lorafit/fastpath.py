@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorafit import fused
@@ -74,11 +75,43 @@ class _FastAttention(_Fast):
         q, k, v = (y.view(*shape, -1, self.head_dim) for y in fused.linears(self.fast_ops, projections, x, _normed(x)))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (fused.rotate(self.fast_ops, each, *positions).transpose(1, 2) for each in (q, k))
-        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        q, k = (fused.rotate(self.fast_ops, each, *positions) for each in (q, k))
         options |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-        y, weights = attend(self, q, k, v.transpose(1, 2), mask, **(self.fast_options | options))
+        if _blockwise(self, q, options) and (lengths := _lengths(mask, q)) is not False:
+            y = fused.attention(self.fast_ops, q, k, v, self.scaling, lengths)
+            return self.o_proj(y.reshape(*shape, -1)), None
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        y, weights = attend(self, q, k, v, mask, **(self.fast_options | options))
         return self.o_proj(y.reshape(*shape, -1).contiguous()), weights
+
+
+def _blockwise(module: Any, q: Tensor, options: dict[str, Any]) -> bool:
+    """Whether PyTorch's own attention would be called, on the CPU, causal and without dropout: blocks do as well."""
+    causal = options.get("is_causal")
+    return (
+        q.device.type == "cpu"
+        and ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation] is sdpa_attention_forward
+        and not options["dropout"]
+        and (getattr(module, "is_causal", True) if causal is None else bool(causal))
+        and q.shape[1] > 1
+    )
+
+
+def _lengths(mask: Tensor | None, q: Tensor) -> Any:
+    """How many places of each row are there, where a mask says no more than that (and who comes later): a tensor, or
+    None for all. False: it says more."""
+    if mask is None:
+        return None
+    if not hasattr(mask, "lorafit_lengths"):  # all layers are given the same mask
+        mask.lorafit_lengths = False  # type: ignore[attr-defined]
+        if mask.dtype == torch.bool and mask.shape == (q.shape[0], 1, q.shape[1], q.shape[1]):
+            lengths = mask[:, 0, -1].sum(-1)
+            place = torch.arange(q.shape[1], device=mask.device)
+            expected = (place <= place.unsqueeze(1)) & (place < lengths.view(-1, 1, 1))
+            if torch.equal(mask[:, 0], expected) and bool((lengths > 0).all()):
+                mask.lorafit_lengths = lengths  # type: ignore[attr-defined]
+    return mask.lorafit_lengths  # type: ignore[attr-defined]
 
 
 class _FastSwiGLU(_Fast):
@@ -102,7 +135,7 @@ class _FastNorm(_Fast):
         y = fused.rms_norm(self.fast_ops, x, self.weight, eps)
         if self.fast_recompute and y.requires_grad:
             # whoever reads y may keep this instead of it: x is kept by the norm itself, and for the sum after the block
-            y.lorafit_normed = fused.Normed(x.detach(), self.weight, eps)
+            y.lorafit_normed = fused.Normed(x.detach(), self.weight, eps)  # type: ignore[attr-defined]
         return y
 
 
@@ -116,8 +149,8 @@ def _watched(module: nn.Module) -> bool:
 
 
 def _ready(x: Tensor, *layers: Any) -> bool:
-    """Whether this input can go through the layers in one step: LoRA layers over bases that can be read from outside, or
-    plain frozen ones beside at least one of those; all in the dtype of x."""
+    """Whether this input can go through the layers in one step: LoRA layers over bases that can be read from outside,
+    or plain frozen ones beside at least one of those; all in the dtype of x."""
     if torch.is_autocast_enabled(x.device.type) or not any(isinstance(layer, LoRALinear) for layer in layers):
         return False
     for layer in layers:
@@ -176,6 +209,18 @@ def leave_fast_path(model: nn.Module) -> None:
         if isinstance(module, _Fast):
             own = LoRALinear if isinstance(module, FastLoRALinear) else type(module).__bases__[1]
             _become_again(module, own)
+
+
+def use_ops(model: nn.Module, ops: Ops) -> None:
+    """Have the modules on the fast path use another make of the elementwise functions."""
+    for module in model.modules():
+        if isinstance(module, _Fast):
+            module.fast_ops = ops
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether any norm of the model is made anew in the backward pass."""
+    return any(isinstance(module, _FastNorm) and module.fast_recompute for module in model.modules())
 
 
 def _why_plain(layer: LoRALinear) -> str | None:

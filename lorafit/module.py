@@ -28,11 +28,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lorafit.checkpoint import random_state, set_random_state
+from lorafit.checkpointing import CHECKPOINTING, keep_products, recompute_blocks
 from lorafit.data.loader import Batch
+from lorafit.elementwise import EAGER, WORTH_COMPILING, require_compiled
 from lorafit.errors import InputError, did_you_mean
+from lorafit.fastpath import PLAIN, leave_fast_path, recomputes, take_fast_path, use_ops
 from lorafit.inject import (
+    count_parameters,
     inject_lora,
     load_lora_state_dict,
+    lora_layers,
     lora_state_dict,
     mark_only_lora_as_trainable,
     trained_biases,
@@ -40,7 +45,8 @@ from lorafit.inject import (
 from lorafit.loading import load_base_model
 from lorafit.loss import supervised_loss
 
-CHECKPOINTING = ("none", "full")
+FUSED = ("auto", "off")
+COMPILE = ("auto", "on", "off")
 SCHEDULES = ("cosine", "linear", "constant")
 # Optimizers come by dotted path; only these two libraries are looked into.
 OPTIMIZER_HOMES = ("torch.optim.", "bitsandbytes.optim.")
@@ -100,6 +106,9 @@ class FinetuneModule(L.LightningModule):
         init: str = "pretrained",
         attention: str | None = None,
         checkpointing: str = "none",
+        fused: str = "auto",
+        compile: str = "auto",
+        cache: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
         optimizer: str = "torch.optim.AdamW",
@@ -112,6 +121,8 @@ class FinetuneModule(L.LightningModule):
         super().__init__()
         for key, value, choices in (
             ("checkpointing", checkpointing, CHECKPOINTING),
+            ("fused", fused, FUSED),
+            ("compile", compile, COMPILE),
             ("scheduler", scheduler, SCHEDULES),
         ):
             if value not in choices:
@@ -123,6 +134,8 @@ class FinetuneModule(L.LightningModule):
         self.source = model
         self.model: nn.Module | None = None
         self.wrapped: list[str] = []
+        self.paths: dict[str, str] = {}  # by which path each LoRA layer runs, and why
+        self.ops = EAGER
         # of the optimizer step under way: sum of losses, supervised tokens; of the last one: gradient norm, rate
         self.step_loss = self.step_tokens = self.gradient_norm = torch.zeros(())
         self.used_learning_rate = 0.0
@@ -175,16 +188,54 @@ class FinetuneModule(L.LightningModule):
                     f"bias={h.bias}: {name} is held in {dtype}, which rounds most steps of training away. "
                     "Give model.dtype=float32 as well"
                 )
-        if h.checkpointing == "full":
-            # non-reentrant: gradients reach the adapters although the embeddings below are frozen
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        self._choose_paths(model)
         self.model = model.train()
+
+    def _choose_paths(self, model: nn.Module) -> None:
+        """Give the layers their fast path, and say what is kept for the backward pass."""
+        h = self.options
+        if h.compile == "on":
+            self.ops = require_compiled(next(model.parameters()).device)
+        if h.fused == "auto":
+            self.paths = take_fast_path(model, ops=self.ops, recompute=h.checkpointing == "selective")
+        else:
+            self.paths = dict.fromkeys(lora_layers(model), f"{PLAIN}fused=off")
+        if h.checkpointing in ("full", "offload"):
+            recompute_blocks(model, offload=h.checkpointing == "offload")
+        elif h.checkpointing == "selective" and not recomputes(model):
+            # blocks that are not on the fast path as a whole: the products are kept by PyTorch's own means, which do
+            # not take steps that write in place
+            leave_fast_path(model)
+            self.paths = dict.fromkeys(self.paths, f"{PLAIN}its block keeps products alone (checkpointing=selective)")
+            keep_products(model)
+
+    def decide_compilation(self, tokens: int) -> str:
+        """Whether to compile for a run over so many tokens; gives the reason. compile="on" and "off" have decided.
+
+        It is decided by the work that the run is, not by a clock, so that a run that is resumed decides alike.
+        """
+        assert self.model is not None
+        choice = self.options.compile
+        if choice != "auto":
+            return f"compile={choice}"
+        if not any(not path.startswith(PLAIN) for path in self.paths.values()):
+            return "nothing is on the fast path"
+        device = next(self.model.parameters()).device
+        work, least = 4.0 * count_parameters(self.model)[1] * tokens, WORTH_COMPILING.get(device.type, math.inf)
+        if work < least:
+            return f"the run is short: {work:.1g} operations, it pays from {least:.0g} on"
+        try:
+            self.ops = require_compiled(device)
+        except InputError as error:
+            return str(error)
+        use_ops(self.model, self.ops)
+        return f"the run is long: {work:.1g} operations"
 
     # ---------------------------------------------------------------------------------------------- the step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.model is not None
-        loss, tokens = supervised_loss(self.model, batch)
+        loss, tokens = supervised_loss(self.model, batch, self.ops)
         if self.stepped:  # the first micro-batch of a step
             self.step_loss = self.step_tokens = torch.zeros((), device=loss.device)
             self.stepped = False
@@ -210,7 +261,7 @@ class FinetuneModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.model is not None
-        loss, tokens = supervised_loss(self.model, batch)
+        loss, tokens = supervised_loss(self.model, batch, self.ops)
         self._validation.append(torch.stack((loss.double(), tokens.double())))
 
     def on_validation_epoch_start(self) -> None:

@@ -18,6 +18,7 @@ from lorafit.inject import adapter_modules, lora_layers, trained_biases
 from lorafit.isolation import Isolation
 from lorafit.lora import TrainedCopy
 from lorafit.memory import human
+from lorafit.module import FinetuneModule
 from lorafit.quant import BaseReport
 
 
@@ -45,6 +46,7 @@ def start_table(
     memory: Mapping[str, int],
     folder: str,
     adapter_notes: Sequence[str] = (),
+    path_notes: Sequence[str] = (),
 ) -> Table:
     """What this run will do."""
     wrapped = [f"{kind} {n['wrapped']}" for kind, n in coverage.items() if n["wrapped"] == n["total"]]
@@ -71,6 +73,7 @@ def start_table(
             f"{steps:,} steps of {per_step} {'rows' if data['packed_rows'] else 'examples'}, {optimizer}, "
             f"learning rate {learning_rate:g}",
         ),
+        *((name, note) for name, note in zip(("path", *[""] * len(path_notes)), path_notes, strict=False)),
         (
             "memory",
             f"weights {human(memory['weights'])}, scales {human(memory['quant_state'])}, "
@@ -100,6 +103,32 @@ def adapter_notes(model: Any) -> list[str]:
         notes.append(f"{len(biases)} biases of the base are trained")
     if (kind := adapter_dtype(model)) != "float32":
         notes.append(f"A and B multiply as {kind} holds them, and are saved so")
+    return notes
+
+
+def path_counts(paths: Mapping[str, str]) -> dict[str, int]:
+    """How many LoRA layers run by which path."""
+    counts: dict[str, int] = {}
+    for path in paths.values():
+        counts[path] = counts.get(path, 0) + 1
+    return counts
+
+
+def path_notes(module: FinetuneModule, compiled: str) -> list[str]:
+    """Which layers run how, what is kept for the backward pass, and whether anything is compiled and why."""
+    counts = path_counts(module.paths)
+    notes = [", ".join(f"{path} {count}" for path, count in counts.items())]
+    kept = {
+        "none": "",
+        "selective": "norms and activations are computed again in the backward pass",
+        "full": "every block is computed again in the backward pass",
+        "offload": "every block is computed again in the backward pass, its input waiting on the host",
+    }[module.options.checkpointing]
+    if module.options.checkpointing == "offload" and next(module.parameters()).device.type != "cuda":
+        kept = "every block is computed again in the backward pass (offload: the model is on the host already)"
+    if kept:
+        notes.append(kept)
+    notes.append(f"{'compiled' if module.ops.name == 'compiled' else 'not compiled'}: {compiled}")
     return notes
 
 

@@ -99,6 +99,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         adapter_notes,
         console,
         data_notes,
+        path_counts,
+        path_notes,
         result_table,
         samples_table,
         source_names,
@@ -153,6 +155,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         )
         resume = Path(config.resume) / "checkpoints" / "last.ckpt" if config.resume else None
         require_steps(config, steps, folder, resume)
+        compiled = module.decide_compilation(tokens_of(data, steps * config.trainer.accumulate_grad_batches))
+        metrics["model"]["paths"] = path_counts(module.paths)
+        metrics["model"]["compiled"] = module.ops.name == "compiled"
         device = next(model.parameters()).device
         first_layer = next(iter(lora_layers(model).values()))
         terminal.print(
@@ -179,6 +184,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
                 memory=memory_by_part(model),
                 folder=str(folder),
                 adapter_notes=adapter_notes(model),
+                path_notes=path_notes(module, compiled),
             )
         )
 
@@ -276,6 +282,13 @@ def require_steps(config: Config, steps: int, folder: Path, resume: Path | None)
     record = folder / "metrics.json"
     if record.is_file() and json.loads(record.read_bytes()).get("status") == "completed":
         raise InputError(f"resume: {config.resume!r} is complete: raise trainer.max_steps above {steps} to go on")
+
+
+def tokens_of(data: Any, batches: int) -> int:
+    """About how many tokens so many batches hold, padding aside; the most that they may where nobody has counted."""
+    examples, tokens = len(data.train_sequences), data.statistics()["train_tokens"]
+    each = tokens / examples if examples and not data.packing and not data.streaming else data.encoder.max_length
+    return round(batches * data.batch_size * each)
 
 
 def require_finite(module: FinetuneModule) -> None:
