@@ -164,6 +164,21 @@ class Combine:
 
 
 @dataclass
+class Bench:
+    shape: str = MISSING
+    batch_size: int = MISSING
+    length: int = MISSING
+    masked: float = MISSING
+    settings: list[str] = MISSING
+    systems: Any = MISSING  # "auto" or a list of str
+    steps: int = MISSING
+    warmup: int = MISSING
+    seconds: float = MISSING
+    memory: bool = MISSING
+    tolerance: float = MISSING
+
+
+@dataclass
 class Config:
     """What a run is. `Any` marks a value that `check` judges better than a type could."""
 
@@ -199,6 +214,7 @@ class Config:
     merge: Merge = MISSING
     generate: Generate = MISSING
     combine: Combine = MISSING
+    bench: Bench = MISSING
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -209,7 +225,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 def config_sha256(config: Config) -> str:
     """Equal for two runs of the same settings; where one started from (`resume`), what is shown of it (`audit`) and
     what is done with an adapter later do not count."""
-    later = ("adapter", "out", "prompt", "max_kl", "energy", "allow_other_base", "merge", "generate", "combine")
+    later = (
+        "adapter",
+        "out",
+        "prompt",
+        "max_kl",
+        "energy",
+        "allow_other_base",
+        "merge",
+        "generate",
+        "combine",
+        "bench",
+    )
     values = {key: value for key, value in to_dict(config).items() if key not in ("resume", "audit", *later)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -226,6 +253,10 @@ _CHECKS = (
     *("no_supervised_token", "end_masked", "prompt_trained", "answer_masked", "answer_lost"),
     *("template_mismatch", "opening_differs", "doubled_special"),
 )
+# as in lorafit/bench.py (a test holds them equal)
+BENCH_SHAPES = ("tiny", "small", "big", "llama-7b", "llama-13b", "llama-70b")
+BENCH_SETTINGS = ("bf16", "bf16_checkpointing", "nf4", "nf4_checkpointing", "nf4_vs_bf16", "head_loss")
+BENCH_SYSTEMS = ("lorafit", "peft", "trl", "litgpt", "unsloth", "transformers")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _OPTIMIZER = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Za-z]\w*")
 
@@ -272,6 +303,9 @@ _POSITIVE = (
     "generate.max_new_tokens",
     "generate.batch_size",
     "combine.rank",
+    "bench.batch_size",
+    "bench.steps",
+    "bench.warmup",
 )  # where the type allows null, null is fine
 _NOT_NEGATIVE = ("seed", "task.generate_examples", "task.samples", "data.num_workers", "audit.examples")
 
@@ -344,8 +378,11 @@ def _check_values(config: Config) -> Iterable[str]:
     yield from _check_pattern(
         "alpha_pattern", config.alpha_pattern, "positive number", lambda v: _within(v, 1e-12, float("inf"))
     )
+    if config.model.fused == "off" and config.model.compile == "on":
+        yield "model.compile=on compiles the fast path: leave model.fused=off out, or give model.compile=auto"
     yield from _check_rounding(config)
     yield from _check_adapter_keys(config)
+    yield from _check_bench(config.bench)
     if _is_int(config.seed) and config.seed >= 2**32:
         yield f"seed must be below 2**32, got {config.seed}"
 
@@ -410,6 +447,35 @@ def _check_values(config: Config) -> Iterable[str]:
             yield "logger.mode and logger.project must be set for wandb: choose logger=wandb"
         if logger.type == "csv" and dataclasses.replace(logger, tags=[]) != Logger(type="csv"):
             yield "logger.type csv takes no other keys: choose logger=wandb with them"
+
+
+def _check_bench(bench: Bench) -> Iterable[str]:
+    if bench.shape not in BENCH_SHAPES and not (Path(bench.shape).expanduser() / "config.json").is_file():
+        known = ", ".join(BENCH_SHAPES)
+        yield (
+            f"bench.shape must be one of {known} or a model folder with a config.json, got {bench.shape!r}"
+            f"{near_names(bench.shape, BENCH_SHAPES)}"
+        )
+    if bench.length < 2:
+        yield f"bench.length must be an integer above 1, got {bench.length!r}"
+    systems = [] if bench.systems == "auto" else bench.systems
+    if not isinstance(systems, list) or (bench.systems != "auto" and not systems):
+        yield f"bench.systems must be auto or a list of systems, got {bench.systems!r}"
+        systems = []
+    if not bench.settings:
+        yield f"bench.settings must name at least one of {', '.join(BENCH_SETTINGS)}"
+    for key, given, choices in (
+        ("bench.settings", bench.settings, BENCH_SETTINGS),
+        ("bench.systems", systems, BENCH_SYSTEMS),
+    ):
+        for value in given:
+            if value not in choices:
+                yield f"{key}: there is no {value!r} ({', '.join(choices)}){near_names(str(value), choices)}"
+    if not _within(bench.masked, 0, 1):
+        yield f"bench.masked must be in [0, 1), got {bench.masked!r}"
+    for key in ("seconds", "tolerance"):
+        if not _within(getattr(bench, key), 1e-12, float("inf")):
+            yield f"bench.{key} must be a positive number, got {getattr(bench, key)!r}"
 
 
 def _check_rounding(config: Config) -> Iterable[str]:
