@@ -152,7 +152,8 @@ def check_request(config: Config) -> None:
 
 
 def cases(setting: str, systems: Sequence[str], compile: str, rank: int, alpha: float) -> list[Case]:
-    """The rows of a setting, in order. compile=auto gives lorafit both with and without compiled parts."""
+    """The rows of a setting, in order. compile=auto gives lorafit with compiled parts, and where nothing is recomputed
+    also without."""
     from lorafit.peers import Case
 
     compiled = {"auto": ("on", "off"), "on": ("on",), "off": ("off",)}[compile]
@@ -162,18 +163,22 @@ def cases(setting: str, systems: Sequence[str], compile: str, rank: int, alpha: 
     def case(system: str, label: str, **options: Any) -> Case:
         return Case(system, label, **({"quant": this.quant, "rank": rank, "alpha": alpha} | options))
 
-    if setting == "head_loss":
-        return [case(name, name, part="head") for name in ("lorafit", "transformers") if name in systems]
+    def ours(**options: Any) -> list[Case]:
+        names = {"on": "lorafit", "off": "lorafit compile=off"}
+        return [case("lorafit", names[kind], compile=kind, **options) for kind in compiled]
+
     if setting == "nf4_vs_bf16":
         kinds = (("lorafit bf16", False), ("lorafit nf4", True)) if "lorafit" in systems else ()
         return [case("lorafit", label, quant=quant, compile=compiled[0]) for label, quant in kinds]
+    if setting == "head_loss":
+        found = ours(part="head") if "lorafit" in systems else []
+        return found + [case("transformers", "transformers", part="head")] * ("transformers" in systems)
     found = []
-    if "lorafit" in systems:
-        for checkpointing in ("selective", "full") if this.checkpointing else ("none",):
-            for compile in compiled:
-                words = ("lorafit", checkpointing * this.checkpointing, "compile=off" * (compile == "off"))
-                label = " ".join(word for word in words if word)
-                found.append(case("lorafit", label, checkpointing=checkpointing, compile=compile))
+    if "lorafit" in systems and this.checkpointing:
+        for kind in ("selective", "full"):
+            found.append(case("lorafit", f"lorafit {kind}", checkpointing=kind, compile=compiled[0]))
+    elif "lorafit" in systems:
+        found += ours()
     if "peft" in systems:
         found.append(case("peft", "peft", checkpointing=full))
         found.append(case("peft", "peft bfloat16 adapters", checkpointing=full, adapters="bfloat16"))

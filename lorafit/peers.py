@@ -4,7 +4,7 @@ A system is built by a function of its own into a `Trainee`: a model, its A and 
 step. What a system does inside its step is its own affair, as its users get it; what is put in and what
 has to come out is the same for all, and is compared (`reference`, `gradient_errors`) before any time is taken:
 
-    lorafit    FinetuneModule, supervised_loss
+    lorafit    FinetuneModule, supervised_loss; its own recomputing, compiled or not
     peft       get_peft_model over transformers, the model's own loss; A and B in float32 (its default) or bfloat16
     trl        SFTTrainer.training_step, called by hand
     litgpt     its own GPT class, its chunked head; 16 bits alone
@@ -241,11 +241,8 @@ def _build_lorafit(case: Case, source: Source, device: torch.device) -> Trainee:
         dtype="bfloat16",
         device=str(device),
         checkpointing=case.checkpointing,
-        **(
-            {"fused": "auto", "compile": case.compile}
-            if "fused" in __import__("inspect").signature(FinetuneModule.__init__).parameters
-            else {}
-        ),  # TEMPORARY
+        fused="auto",
+        compile=case.compile,
     )
     module.configure_model()
     model = module.model
@@ -253,7 +250,7 @@ def _build_lorafit(case: Case, source: Source, device: torch.device) -> Trainee:
     parameters = module.trainable_parameters()
 
     def backward(batch: Batch) -> Tensor:
-        loss, tokens = supervised_loss(model, batch)
+        loss, tokens = supervised_loss(model, batch, module.ops)
         loss.backward()
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens.float())
         return loss.detach() / tokens
@@ -486,12 +483,14 @@ class HeadAlone(nn.Module):
 
 
 def _head_lorafit(case: Case, source: Source, batch: Batch) -> Trainee:
+    from lorafit.elementwise import EAGER, require_compiled
     from lorafit.loss import supervised_loss
 
     model = HeadAlone(source, batch, torch.bfloat16)
+    ops = require_compiled(batch["input_ids"].device) if case.compile == "on" else EAGER
 
     def backward(batch: Batch) -> Tensor:
-        loss, tokens = supervised_loss(model, batch)
+        loss, tokens = supervised_loss(model, batch, ops)
         (loss / tokens).backward()
         return loss.detach() / tokens
 
