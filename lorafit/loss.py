@@ -178,7 +178,6 @@ def _is_plain(head: nn.Module, hidden: Tensor) -> bool:
     return (
         type(head) is nn.Linear
         and type(head.weight) is nn.Parameter
-        and head.weight.dtype == hidden.dtype
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
         and not torch.is_autocast_enabled(hidden.device.type)

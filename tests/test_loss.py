@@ -411,6 +411,26 @@ def test_a_model_that_does_something_else_computes_its_own_logits() -> None:
         assert after_head(model) is None
 
 
+class CappedInFloat32(LlamaForCausalLM):
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        named.pop("labels", None)
+        output = super().forward(*inputs, **named)
+        cap = self.config.own_cap
+        output.logits = torch.tanh(output.logits.float() / cap) * cap
+        return output
+
+
+def test_a_cap_in_float32_over_bfloat16_logits_is_told_from_one_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    model, inputs = CappedInFloat32(LlamaConfig(**WIDE, own_cap=0.7)).bfloat16(), batch()
+    nn.init.normal_(model.lm_head.weight, std=0.3)
+    logits, targets = supervised_logits(model, inputs)
+    reference = F.cross_entropy(logits, targets, reduction="sum")
+    loss, _ = supervised_loss(model, inputs)
+    assert after_head(model) == AfterHead("cap", 0.7, upcast=True)
+    torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)  # rounded to bfloat16 it would differ
+
+
 class Unheard(LlamaForCausalLM):
     """A model that reads its head's weight and never calls it."""
 
@@ -429,6 +449,24 @@ class Flat(LlamaForCausalLM):
         hidden = self.model(*inputs, **named).last_hidden_state
         logits = self.lm_head(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
         return CausalLMOutputWithPast(logits=logits)
+
+
+class Twice(LlamaForCausalLM):
+    """A model that asks its head twice."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        named.pop("labels", None)
+        hidden = self.model(*inputs, **named).last_hidden_state
+        return CausalLMOutputWithPast(logits=(self.lm_head(hidden) + self.lm_head(hidden.tanh())) / 2)
+
+
+def test_a_model_that_asks_its_head_twice_computes_its_own_logits() -> None:
+    torch.manual_seed(0)
+    model, inputs = Twice(CONFIGS["llama"]), batch()
+    full = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    reference = F.cross_entropy(full[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), reduction="sum")
+    for _ in range(2):
+        torch.testing.assert_close(supervised_loss(model, inputs)[0], reference)
 
 
 @pytest.mark.parametrize("kind", [Unheard, Flat])
@@ -477,6 +515,17 @@ def test_the_head_is_itself_again_even_after_an_error(model: PreTrainedModel) ->
     assert "forward" not in vars(head)
     handle.remove()
     assert model(batch()["input_ids"]).logits.shape == (2, 12, 97)
+
+
+def test_what_somebody_put_in_place_of_the_heads_forward_is_used_and_stays() -> None:
+    """As libraries do that move a layer's weights to where they are needed."""
+    model = made_of(AFTER["tied"][0])
+    head = model.get_output_embeddings()
+    usual, plain = head.forward, supervised_loss(model, batch())[0]
+    head.forward = other = lambda x: 3 * usual(x)
+    agrees_with_all_logits_at_once(model)
+    assert head.forward is other
+    assert supervised_loss(model, batch())[0] > 1.1 * plain
 
 
 def test_whoever_watches_the_head_sees_every_row_once() -> None:
