@@ -15,17 +15,34 @@ from torch import Tensor
 SAMPLES = 64
 
 
-def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """A SHA-256 over the names, the shapes and 64 evenly spaced values of each parameter, in the order of the names.
+class Fingerprint:
+    """Takes in the parameters of a model one by one, in any order, while each is there."""
 
-    Floating values are compared as bfloat16, to which a model may have been rounded when it was loaded.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters, key=lambda entry: entry[0]):
+    def __init__(self) -> None:
+        self._seen: dict[str, bytes] = {}
+
+    def see(self, name: str, parameter: Tensor) -> None:
+        """Note the shape and 64 evenly spaced values of a parameter. Floating values are noted as bfloat16, to which a
+        model may have been rounded when it was loaded."""
         flat = parameter.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
         sample = flat[places.to(flat.device)].cpu()
         sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        values = sample.contiguous().view(torch.uint8).numpy().tobytes()
+        self._seen[name] = f"{name} {tuple(parameter.shape)}".encode() + values
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._seen
+
+    def hexdigest(self, names: Iterable[str]) -> str:
+        """The SHA-256 of what was seen under these names, in their order by the alphabet."""
+        return hashlib.sha256(b"".join(self._seen[name] for name in sorted(names))).hexdigest()
+
+
+def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """The fingerprint of all parameters of a model: a SHA-256 over their names, shapes and 64 values of each."""
+    fingerprint, names = Fingerprint(), []
+    for name, parameter in parameters:
+        fingerprint.see(name, parameter)
+        names.append(name)
+    return fingerprint.hexdigest(names)

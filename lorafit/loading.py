@@ -2,35 +2,47 @@
 
     model = load_base_model("embedded", quant="nf4")
 
-The 16-bit model is read whole before it is quantized layer by layer; reading tensor by tensor, so that it is
-never whole in memory, is not done here.
+transformers knows which files a model has, what their tensors are called in it, and what else belongs to a model; it
+does all of that here as well, so that what comes out is what `from_pretrained` gives. Only the reading is ours: when
+it asks for the matrices of a model that is to be quantized it is given placeholders, and each linear layer is
+quantized as its weight is read, so that the 16-bit model is never whole in memory. It is where that cannot be done
+rightly, with the same numbers, and the report says why.
+
+The quantized layers can be kept on the disk (copies.py), and are read from there when the same is asked for again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import PreTrainedModel
 
+from lorafit.copies import Entry, entry_of, open_copy, write_copy
 from lorafit.embedded import MODEL as EMBEDDED_MODEL
 from lorafit.errors import InputError, reason
-from lorafit.fingerprint import fingerprint_of
+from lorafit.fingerprint import Fingerprint, fingerprint_of
 from lorafit.quant import (
     BaseReport,
     Quantization,
     disarm_repacking,
+    filled,
+    head_names,
+    linear_layers,
     note_quantized,
     quantize_model,
+    quantized_layer,
     to_dtype,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from lorafit.weights import Ahead, FileWeights, Planned
 
 
 def resolve(name: str) -> str:
@@ -48,12 +60,14 @@ def load_base_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    cache: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, frozen, its linear layers quantized as asked.
 
     name: a hub id, a local folder or "embedded". quant: "nf4", "fp4", "int8", a mapping or `Quantization`, or
     None for 16 bits. dtype: of what is not quantized; None means the checkpoint's own, or the compute dtype of
-    a quantized base. init: "random" builds from the configuration alone and reads no weights.
+    a quantized base. init: "random" builds from the configuration alone and reads no weights. cache: keep what was
+    quantized on the disk, unless the model is small, and read it from there the next time.
     What was quantized and what was not is in `base_report(model)`.
     Raises InputError when the model, its weights or a choice cannot be had.
     """
@@ -76,20 +90,25 @@ def load_base_model(
             )
         if wanted is None and quant is not None:
             wanted = quant.compute_dtype
+        files = _Files(wait=quant is not None)
         if init == "random":
+            files.whole = "model.init=random reads no files"
             wanted = wanted or getattr(config, "dtype", None) or torch.float32
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, **options)
         elif init == "pretrained":
             _require_weights(name, source)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=wanted or "auto",
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are an error below, with names
-                **({"device_map": {"": str(device)}} if prequantized else {}),
-                **options,
-            )
+            if trust_remote_code:
+                files.whole = "it may run code of its own"
+            with contextlib.nullcontext() if prequantized or trust_remote_code else _reading(files):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=wanted or "auto",
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are an error below, with names
+                    **({"device_map": {"": str(device)}} if prequantized else {}),
+                    **options,
+                )
             model, info = loaded
             missing = sorted(info["missing_keys"]) + sorted(str(item) for item in info["mismatched_keys"])
             if missing:
@@ -99,21 +118,203 @@ def load_base_model(
                 )
         else:
             raise InputError(f"model.init must be pretrained or random, got {init!r}")
-    model.requires_grad_(False)
-    report = BaseReport(name=str(name), quant=quant)
-    # codes of a model that was quantized elsewhere say nothing of its 16-bit weights, and float16 rounds otherwise
-    told = not prequantized and (model.dtype != torch.float16 or getattr(config, "dtype", None) == torch.float16)
-    if told and not any(parameter.is_meta for parameter in model.parameters()):
-        report.fingerprint = fingerprint_of(model.named_parameters())
-    if prequantized:
-        note_quantized(model, report)
-    if quant is not None:
-        quantize_model(model, quant, device, report)
+        model.requires_grad_(False)
+        report = BaseReport(name=str(name), quant=quant, whole=files.whole if quant is not None else None)
+        # codes of a model that was quantized elsewhere say nothing of its 16-bit weights, and float16 rounds otherwise
+        told = not prequantized and (model.dtype != torch.float16 or getattr(config, "dtype", None) == torch.float16)
+        told = told and not any(parameter.is_meta for parameter in model.parameters())
+        names = [name for name, _ in model.named_parameters()] if told else []
+        if prequantized:
+            note_quantized(model, report)
+        if quant is not None:
+            entry = entry_of(files.paths, model, quant, device) if cache and files.paths else None
+            _quantize(model, files, quant, device, report, names, entry)
+        else:
+            files.fill(model)
+            if told:
+                report.fingerprint = fingerprint_of(model.named_parameters())
     model.to(device)
     disarm_repacking(model)
     model.config.use_cache = False  # packed examples would see each other through the cache
     model.lorafit_base = report
     return model.train()
+
+
+def _quantize(
+    model: Any,
+    files: _Files,
+    quant: Quantization,
+    device: torch.device,
+    report: BaseReport,
+    names: list[str],
+    entry: Entry | None,
+) -> None:
+    """Quantize a model whose matrices may still be in its files, or read its quantized layers from their entry; read
+    what is left. names: of the parameters that the fingerprint is taken of; none where there is no fingerprint."""
+    fingerprint = Fingerprint()
+    with open_copy(entry) as copy, _reader(model, files, idle=copy is not None) as read:
+
+        def layer_of(name: str, linear: nn.Module) -> nn.Module | str:
+            found = copy.layer(name, linear) if copy is not None else None
+            if found is not None:
+                return found
+
+            def read_leaf(leaf: str) -> Tensor:
+                tensor = read(linear._parameters[leaf])
+                fingerprint.see(f"{name}.{leaf}", tensor)
+                return tensor
+
+            return quantized_layer(filled(linear, read_leaf), quant, device)
+
+        quantize_model(model, quant, device, report, layer_of)
+    files.fill(model)
+    if copy is not None:
+        report.fingerprint, report.copy = copy.fingerprint, str(copy.entry.folder)
+    elif names:
+        for name in names:
+            if name not in fingerprint:
+                fingerprint.see(name, model.get_parameter(name))
+        report.fingerprint = fingerprint.hexdigest(names)
+    if entry is not None and (copy is None or not copy.sound):
+        write_copy(entry, model, report)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class _Files:
+    """The files of a model while transformers loads it. wait: whether its matrices are to wait, as placeholders, until
+    they are read. whole: why they could not."""
+
+    def __init__(self, wait: bool) -> None:
+        self.wait = wait
+        self.whole: str | None = None
+        self.paths: list[Path] = []
+        self._waiting: dict[int, tuple[Tensor, Planned, torch.dtype]] = {}
+
+    def state_dict(self, paths: list[str] | None, load_config: Any) -> dict[str, Any] | None:
+        """What transformers is to load from, by the names in the files; None to leave the reading to it."""
+        self.paths = [Path(path) for path in paths or ()]
+        try:
+            weights = FileWeights(self.paths)
+        except InputError:  # it says what is wrong, or can read what we cannot
+            self.whole = "its files are not such as can be read piece by piece"
+            return None
+        # conversions that do more than rename would compute with the placeholders
+        if any(hasattr(each, "operations") for each in load_config.weight_mapping or ()):
+            self.wait, self.whole = False, "its files hold weights that are put together as they are loaded"
+        return {name: _Slice(self, planned) for name, planned in weights.items()}
+
+    def placeholder(self, planned: Planned, dtype: torch.dtype) -> Tensor:
+        """A tensor of the shape and dtype of a matrix that takes no memory, and is NaN throughout."""
+        nothing = torch.full((1,), torch.nan, dtype=dtype)
+        self._waiting[nothing.data_ptr()] = (nothing, planned, dtype)
+        return nothing.expand(planned.shape)
+
+    def waiting(self, tensor: Tensor) -> tuple[Planned, torch.dtype] | None:
+        """What a placeholder stands for, and as which dtype; None for any other tensor."""
+        if tensor.is_meta or tensor.data_ptr() not in self._waiting:
+            return None
+        return self._waiting[tensor.data_ptr()][1:]
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """What a placeholder stands for; any other tensor itself."""
+        found = self.waiting(tensor)
+        return tensor.detach() if found is None else found[0].make().to(found[1])
+
+    def fill(self, model: nn.Module) -> None:
+        """Put what they stand for in the place of all placeholders."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            if self.waiting(tensor) is not None:
+                tensor.data = self.read(tensor)
+
+
+class _Slice:
+    """A tensor in a file, as transformers takes it: all of it by `[...]`, and then `to` a dtype."""
+
+    def __init__(self, files: _Files, planned: Planned) -> None:
+        self._files, self._planned = files, planned
+
+    def __getitem__(self, where: Any) -> Any:
+        planned = self._planned
+        matrix = len(planned.shape) == 2 and planned.nbytes and planned.dtype.is_floating_point
+        return self if self._files.wait and matrix and where is ... else planned.make()[where]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        return self._files.placeholder(self._planned, dtype or self._planned.dtype)
+
+
+_reading_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _reading(files: _Files) -> Iterator[None]:
+    """Within the context transformers loads from `files.state_dict`.
+
+    `from_pretrained` takes a `state_dict` only in place of a name, and then knows neither where the files are nor what
+    else lies beside them. So its method that turns one into the other is given ours.
+    """
+    theirs = getattr(PreTrainedModel, "_load_pretrained_model", None)
+    wanted = {"state_dict", "checkpoint_files", "load_config"}
+    if theirs is None or not wanted <= inspect.signature(theirs).parameters.keys():
+        files.whole = "this version of transformers loads in a way that lorafit does not know"
+        yield
+        return
+    thread = threading.get_ident()
+
+    def load(*args: Any, **options: Any) -> Any:
+        call = inspect.signature(theirs).bind(*args, **options)
+        if threading.get_ident() == thread and call.arguments["state_dict"] is None:
+            paths, load_config = call.arguments["checkpoint_files"], call.arguments["load_config"]
+            call.arguments["state_dict"] = files.state_dict(paths, load_config)
+        return theirs(*call.args, **call.kwargs)
+
+    with _reading_lock, _replaced(PreTrainedModel, "_load_pretrained_model", staticmethod(load)):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _reader(model: nn.Module, files: _Files, idle: bool) -> Iterator[Callable[[Any], Tensor]]:
+    """A function that reads what a parameter stands for, into memory that is valid until the next but one. The weights
+    of linear layers are read ahead in their order; idle: unless it seems that none will be asked for."""
+    head, slots = head_names(model), [torch.empty(0, dtype=torch.uint8)] * 2
+    jobs: dict[int, Callable[[int], Tensor]] = {}
+
+    def job(planned: Planned, dtype: torch.dtype) -> Callable[[int], Tensor]:
+        def read(slot: int) -> Tensor:
+            if slots[slot].numel() < planned.nbytes:
+                slots[slot] = torch.empty(planned.nbytes, dtype=torch.uint8)
+            memory = slots[slot][: planned.nbytes]
+            assert planned.read_into is not None
+            planned.read_into(memory)
+            return memory.view(planned.dtype).view(planned.shape).to(dtype)
+
+        return read
+
+    for name, linear in () if idle else linear_layers(model).items():
+        found = files.waiting(linear.weight)  # type: ignore[arg-type]
+        if found is not None and name not in head:
+            jobs[linear.weight.data_ptr()] = job(*found)  # type: ignore[operator]
+    with Ahead(jobs.items()) as ahead:
+
+        def read(parameter: Tensor) -> Tensor:
+            found = ahead.get(parameter.data_ptr())
+            return files.read(parameter) if found is None else found
+
+        yield read
+
+
+# ------------------------------------------------------------------------------------------------ what may go wrong
 
 
 def _require_weights(name: str, source: str) -> None:

@@ -109,13 +109,16 @@ class Quantization:
 class BaseReport:
     """What loading did: which linear layers were quantized, and which stayed in 16 bits and why. fingerprint: of the
     parameters before they were quantized (see fingerprint.py); None where those cannot be told: on the meta device, for
-    a model that came quantized, and for one of more than float16 that was loaded as float16."""
+    a model that came quantized, and for one of more than float16 that was loaded as float16. whole: why the 16-bit
+    model was whole in memory, or None. copy: the folder that the quantized layers were read from, or None."""
 
     name: str
     quant: Quantization | None
     fingerprint: str | None = None
     quantized: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    whole: str | None = None
+    copy: str | None = None
 
 
 def base_report(model: nn.Module) -> BaseReport | None:
@@ -411,33 +414,61 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in named if is_linear(module) and not name.startswith(attention or ("\0",))}
 
 
-def quantize_model(model: nn.Module, quant: Quantization, device: torch.device, report: BaseReport) -> None:
-    """Replace the model's linear layers, head excepted, by quantized ones on `device`; note what and why in report."""
+def quantize_model(
+    model: nn.Module,
+    quant: Quantization,
+    device: torch.device,
+    report: BaseReport,
+    layer_of: Callable[[str, nn.Module], nn.Module | str] | None = None,
+) -> None:
+    """Replace the model's linear layers, head excepted, by quantized ones on `device`; note what and why in report.
+
+    layer_of: gives the quantized twin of a layer, or says why there is none; `quantized_layer` where it is None.
+    """
     head = head_names(model)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    done: dict[int, nn.Module] = {}
-    for name, linear in linear_layers(model).items():
+    done: dict[int, nn.Module | str] = {}
+    layers = linear_layers(model)
+    for name in list(layers):
+        linear = layers.pop(name)  # nothing here keeps it alive once it is replaced
         if name in head:
             report.left[name] = "output head"
         elif id(linear.weight) in embeddings:
             report.left[name] = "shares its weight with an embedding"
         elif is_quantized(linear):
             report.quantized.append(name)
-        elif not multiplies_only(linear):
-            report.left[name] = f"{type(linear).__name__} computes more than x Wᵀ + b"
         else:
             if id(linear) not in done:
-                quantized = _quantize_linear(linear, quant, device)
-                done[id(linear)] = quantized if quantized is not None else linear
-            if done[id(linear)] is linear:
-                report.left[name] = f"{tuple(features(linear))} in/out: bitsandbytes would read it back wrongly here"
+                make = layer_of or (lambda _, linear: quantized_layer(linear, quant, device))
+                done[id(linear)] = make(name, linear)
+            layer = done[id(linear)]
+            if isinstance(layer, str):
+                report.left[name] = layer
             else:
-                model.set_submodule(name, done[id(linear)])
+                model.set_submodule(name, layer)
                 report.quantized.append(name)
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if parameter.dim() == 3 and not isinstance(owner, nn.Conv1d):
             report.left[name] = "a stack of expert weights, no linear layer"
+
+
+def filled(linear: nn.Module, read: Callable[[str], Tensor]) -> nn.Module:
+    """A copy of a layer with the parameters that `read` gives for their names in it."""
+    layer = copy.copy(linear)
+    layer._parameters = {
+        leaf: None if parameter is None else nn.Parameter(read(leaf), requires_grad=False)
+        for leaf, parameter in linear._parameters.items()
+    }
+    return layer
+
+
+def quantized_layer(linear: nn.Module, quant: Quantization, device: torch.device) -> nn.Module | str:
+    """The quantized twin of a linear layer on `device`, or why there can be none."""
+    if not multiplies_only(linear):
+        return f"{type(linear).__name__} computes more than x Wᵀ + b"
+    layer = _quantize_linear(linear, quant, device)
+    return layer if layer is not None else f"{features(linear)} in/out: bitsandbytes would read it back wrongly here"
 
 
 def multiplies_only(linear: Any) -> bool:
@@ -455,7 +486,7 @@ def multiplies_only(linear: Any) -> bool:
 
 
 def quantize_4bit(weight: Tensor, quant: Quantization, device: torch.device) -> tuple[Tensor, Any]:
-    """(packed [⌈n/2⌉, 1], quant_state) of n weights on `device`, as bitsandbytes' `quantize_4bit` gives it, bit for bit.
+    """(packed [⌈n/2⌉, 1], quant_state) of n weights on `device`, as bitsandbytes' `quantize_4bit` gives it, to the bit.
 
     On the CPU that one is so slow that it is most of the time of loading; `fourbit.quantize_blocks` does the same.
     """
@@ -491,51 +522,90 @@ def _blocks_agree(kind: str) -> bool:
 
 def _quantize_linear(linear: Any, quant: Quantization, device: torch.device) -> nn.Module | None:
     """The quantized twin of a linear layer, or None when bitsandbytes cannot hold it rightly on this machine."""
-    in_features, out_features = features(linear)
     weight = (linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data).contiguous()
-    bias = getattr(linear, "bias", None)
-    layer: Any
+    layer = _shell(linear, quant)
     if quant.type == "int8":
-        layer = bnb.nn.Linear8bitLt(
-            in_features,
-            out_features,
-            bias=bias is not None,
-            has_fp16_weights=False,
-            threshold=INT8_OUTLIER_THRESHOLD,
-            device="meta",
-        )
         packed: Any = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         layer.weight = packed.to(device)
     else:
-        layer = bnb.nn.Linear4bit(
-            in_features,
-            out_features,
-            bias=bias is not None,
-            compute_dtype=quant.compute_dtype,
-            compress_statistics=quant.double_quant,
-            quant_type=quant.type,
-            device="meta",
-        )
-        packed, quant_state = quantize_4bit(weight, quant, device)
-        layer.weight = bnb.nn.Params4bit(
-            packed,
-            requires_grad=False,
-            quant_state=quant_state,
-            blocksize=quant.block_size,
-            compress_statistics=quant.double_quant,
-            quant_type=quant.type,
-            module=layer,
-            bnb_quantized=True,
-        )
-        layer.quant_state = quant_state
-        disarm_repacking(layer)
+        _hold_4bit(layer, *quantize_4bit(weight, quant, device))
         if not reads_back_right(layer):
             return None
+    return _finish(layer, linear, weight.dtype, device)
+
+
+def _shell(linear: Any, quant: Quantization) -> Any:
+    """A quantized layer of the shape of `linear` that holds nothing yet."""
+    options: dict[str, Any] = {"bias": getattr(linear, "bias", None) is not None, "device": "meta"}
+    if quant.type == "int8":
+        options |= {"has_fp16_weights": False, "threshold": INT8_OUTLIER_THRESHOLD}
+        return bnb.nn.Linear8bitLt(*features(linear), **options)
+    options |= {"compute_dtype": quant.compute_dtype, "compress_statistics": quant.double_quant}
+    layer = bnb.nn.Linear4bit(*features(linear), quant_type=quant.type, **options)
+    disarm_repacking(layer)
+    return layer
+
+
+def _hold_4bit(layer: Any, packed: Tensor, quant_state: Any) -> None:
+    layer.weight = bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=quant_state,
+        blocksize=quant_state.blocksize,
+        compress_statistics=quant_state.nested,
+        quant_type=quant_state.quant_type,
+        module=layer,
+        bnb_quantized=True,
+    )
+    layer.quant_state = quant_state
+
+
+def _finish(layer: Any, linear: Any, source_dtype: torch.dtype, device: torch.device) -> nn.Module:
+    bias = getattr(linear, "bias", None)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
     layer.source_cls = Conv1D if isinstance(linear, Conv1D) else nn.Linear
-    layer.source_dtype = weight.dtype
+    layer.source_dtype = source_dtype
     return layer.train(linear.training)
+
+
+def packed_tensors(layer: Any) -> dict[str, Tensor]:
+    """What a quantized layer holds in place of its weight, as named tensors that go into a file."""
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return {"weight": layer.weight.data, "SCB": _int8_scales(layer)}
+    return {"weight": layer.weight.data, **_quant_state(layer).as_dict(packed=True)}
+
+
+def layer_of_packed(linear: Any, quant: Quantization, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """The quantized twin of `linear` on `device` that `packed_tensors` gave; only the shape of `linear` is looked at.
+
+    Raises ValueError where the tensors are not those of such a layer.
+    """
+    layer, dtype = _shell(linear, quant), linear.weight.dtype
+    (in_features, out_features), packed = features(linear), tensors["weight"]
+    if quant.type == "int8":
+        scales = tensors["SCB"]
+        kinds = packed.dtype, packed.shape, scales.dtype, scales.shape
+        if kinds != (torch.int8, (out_features, in_features), torch.float32, (out_features,)):
+            raise ValueError(
+                f"{kinds} are not the int8 weight and the scales of a layer {in_features} to {out_features}"
+            )
+        packed, scales = packed.to(device), scales.to(device)
+        layer.weight = bnb.nn.Int8Params(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
+    else:
+        rest = {name: tensor for name, tensor in tensors.items() if name != "weight"}
+        state: Any = bnb.functional.QuantState.from_dict(rest, device=device)
+        count = in_features * out_features
+        blocks = -(-count // state.blocksize)
+        found = (state.quant_type, state.nested, state.blocksize, state.dtype, tuple(state.shape))
+        sizes = (packed.dtype, tuple(packed.shape), state.absmax.numel(), state.code.numel())
+        wanted = (quant.type, quant.double_quant, quant.block_size, dtype, (out_features, in_features))
+        if found != wanted or sizes != (torch.uint8, ((count + 1) // 2, 1), blocks, 16):
+            raise ValueError(f"{found} with {sizes} is not a layer {in_features} to {out_features} by {quant}")
+        if state.nested and state.state2.absmax.numel() != -(-blocks // state.state2.blocksize):
+            raise ValueError(f"{state.state2.absmax.numel()} are not the nested scales of {blocks} blocks")
+        _hold_4bit(layer, packed.to(device), state)
+    return _finish(layer, linear, dtype, device)
 
 
 def note_quantized(model: nn.Module, report: BaseReport) -> None:
@@ -555,35 +625,6 @@ def note_quantized(model: nn.Module, report: BaseReport) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ merging
-
-
-def quantize_as_read(model: nn.Module, quant: Quantization, read: Callable[[str], Tensor], report: BaseReport) -> None:
-    """`quantize_model` on the CPU for a model on the meta device: each layer is quantized as `read(name)` gives its
-    parameters, so that the 16-bit weights are never together in memory. What is not quantized stays on meta."""
-    head = head_names(model)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    done: dict[int, tuple[nn.Module, BaseReport]] = {}
-    for name, linear in linear_layers(model).items():
-        if name in head:
-            report.left[name] = "output head"
-        elif id(linear.weight) in embeddings:
-            report.left[name] = "shares its weight with an embedding"
-        else:
-            if id(linear) not in done:
-                filled = copy.copy(linear)
-                filled._parameters = {
-                    leaf: None if parameter is None else nn.Parameter(read(f"{name}.{leaf}"), requires_grad=False)
-                    for leaf, parameter in linear._parameters.items()
-                }
-                one, noted = nn.ModuleDict({"layer": filled}), BaseReport(report.name, quant)
-                quantize_model(one, quant, torch.device("cpu"), noted)
-                done[id(linear)] = (one["layer"] if noted.quantized else linear, noted)
-            layer, noted = done[id(linear)]
-            if noted.quantized:
-                model.set_submodule(name, layer)
-                report.quantized.append(name)
-            else:
-                report.left[name] = noted.left["layer"]
 
 
 def requantize(linear: nn.Module, weight: Tensor, quant: Quantization) -> nn.Module:

@@ -15,15 +15,20 @@ import ctypes
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from lorafit.errors import InputError
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -81,6 +86,47 @@ class FileWeights(Mapping[str, Planned]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class Ahead(Generic[Key, Result]):
+    """Does jobs in a thread, in their order, and one before its result is asked for.
+
+    A job is given 0 or 1 in turn, for the memory that it may write to: what it returned is used until the next result
+    is asked for. To be left as a context.
+    """
+
+    def __init__(self, jobs: Iterable[tuple[Key, Callable[[int], Result]]]) -> None:
+        self._jobs = dict(jobs)
+        self._order = iter(list(self._jobs))
+        self._pool = ThreadPoolExecutor(1)
+        self._begun: deque[tuple[Key, Future[Result]]] = deque()
+        self._number = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        for key in self._order:
+            self._begun.append((key, self._pool.submit(self._jobs[key], self._number % 2)))
+            self._number += 1
+            return
+
+    def get(self, key: Key) -> Result | None:
+        """The result of a job, or None where there is none of that name, or it was passed over already."""
+        if key not in self._jobs:
+            return None
+        while self._begun:
+            found, future = self._begun.popleft()
+            del self._jobs[found]
+            future.exception()  # is done with its memory
+            self._begin()
+            if found == key:
+                return future.result()
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _files_of(folder: Path) -> list[Path]:

@@ -15,16 +15,8 @@ import lorafit
 PACKAGE = Path(lorafit.__file__).parent
 FLOORS = {
     0: (
-        "errors",
-        "fingerprint",
-        "fourbit",
-        "loading",
-        "quant",
-        "rounding",
-        "weights",
-        "elementwise",
-        "data",
-        "embedded",
+        *("copies", "data", "elementwise", "embedded", "errors", "fingerprint"),
+        *("fourbit", "loading", "quant", "rounding", "weights"),
     ),
     1: ("lora", "loss", "fused"),
     2: ("inject",),

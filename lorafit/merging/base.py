@@ -33,7 +33,7 @@ from lorafit.merging.skeleton import (
     place_of,
     skeleton,
 )
-from lorafit.quant import BaseReport, Quantization, is_quantized, quantize_as_read, to_dtype
+from lorafit.quant import BaseReport, Quantization, filled, is_quantized, quantize_model, quantized_layer, to_dtype
 from lorafit.weights import INDEX, FileWeights, Planned, Weights, give_memory_back, indexed_files
 
 
@@ -93,7 +93,13 @@ def open_base(
         report = BaseReport(name=str(name), quant=quant)
         report.fingerprint = fingerprint_of(_sampled(model, files, tied, wanted))
         if quant is not None:
-            quantize_as_read(model, quant, _reader(files, tied, wanted), report)
+            recipe, read = quant, _reader(files, tied, wanted)
+
+            def layer_of(name: str, linear: nn.Module) -> nn.Module | str:
+                layer = filled(linear, lambda leaf: read(f"{name}.{leaf}"))
+                return quantized_layer(layer, recipe, torch.device("cpu"))
+
+            quantize_model(model, quant, torch.device("cpu"), report, layer_of)
         lend_weights(model, files, wanted)
         model.lorafit_base = report
         return Base(model.train(), config, files, tied, folder, None, attention)
