@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -250,18 +251,21 @@ def describe_model(config: Any) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------ the child processes
 
 
-def run_child(request: Mapping[str, Any], timeout: float | None = None) -> dict[str, Any]:
-    """What a fresh process finds out for `request`, or {"failed": reason} where it dies or takes longer than `timeout`
-    seconds."""
+def run_child(
+    request: Mapping[str, Any], timeout: float | None = None, command: Sequence[str] = ("-c", _CHILD)
+) -> dict[str, Any]:
+    """What a fresh process finds out for `request`. Where it dies or takes longer than `timeout` seconds there is
+    "failed" with the reason, beside what it had written until then. command: what Python is told to run."""
     # one threshold for all: by default the C library moves it with what a program frees, so that peaks would hang on
     # the order of sizes. The processes that measure time keep the default, as users have it
     alone = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if request["do"] == "alone" else {}
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
     with tempfile.TemporaryDirectory(prefix="lorafit-bench-") as folder:
         answer = Path(folder) / "answer.json"
+        failed = {}
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _CHILD],
+                [sys.executable, *command],
                 input=json.dumps(dict(request) | {"answer": str(answer)}),
                 env=os.environ | quiet | alone,
                 text=True,
@@ -269,19 +273,30 @@ def run_child(request: Mapping[str, Any], timeout: float | None = None) -> dict[
                 timeout=timeout,
             )
         except subprocess.TimeoutExpired:
-            return {"failed": f"took longer than {timeout:.0f} seconds"}
-        if done.returncode or not answer.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            how = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-            return {"failed": f"{how}: {lines[-1]}" if lines else how}
-        return json.loads(answer.read_text())
+            failed = {"failed": f"took longer than {timeout:.0f} seconds"}
+        else:
+            if done.returncode or not answer.exists():
+                lines = [line for line in done.stderr.splitlines() if line.strip()]
+                code = done.returncode
+                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                failed = {"failed": f"{how}: {lines[-1]}" if lines else how}
+        written = json.loads(answer.read_text()) if answer.exists() else {}
+        return written | failed
 
 
 def child() -> None:
     """The body of a child process: a request on stdin, the answer into the file that it names."""
     request = json.loads(sys.stdin.read())
-    measured = {"together": measure_together, "alone": measure_alone}[request["do"]](request)
-    Path(request["answer"]).write_text(json.dumps(measured))
+    if request["cases"][0]["system"] == "unsloth":
+        importlib.import_module("unsloth")  # before transformers is: it rewrites the classes there
+    write_answer(request, {"together": measure_together, "alone": measure_alone}[request["do"]](request))
+
+
+def write_answer(request: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+    """Put what was measured where `run_child` looks for it; it is there whole or not at all."""
+    draft = Path(request["answer"] + ".draft")
+    draft.write_text(json.dumps(measured))
+    draft.replace(request["answer"])
 
 
 def _read(request: Mapping[str, Any]) -> tuple[list[Case], Source, Any]:
@@ -313,7 +328,8 @@ def measure_together(request: Mapping[str, Any]) -> dict[str, Any]:
     given, source, batch = _read(request)
     device = batch["input_ids"].device
     right = {case.quant: reference(case, source, batch) for case in {case.quant: case for case in given}.values()}
-    save_reference(Path(request["reference"]), right[given[0].quant])
+    if request["reference"]:
+        save_reference(Path(request["reference"]), right[given[0].quant])
     found: dict[str, Any] = {}
     ready: dict[str, Trainee] = {}
     for case in given:
@@ -381,25 +397,29 @@ def interleave(steps: Mapping[str, Callable[[], float]], rounds: int, seconds: f
 
 
 def measure_alone(request: Mapping[str, Any]) -> dict[str, Any]:
-    """One case in this process: {"peak_bytes", "idle_bytes"} of two steps after a warm-up, the peak above the idle;
-    with request["rounds"] also {"seconds": […], "matmul_rates"} and what `prepare` found."""
-    import torch
-
-    from lorafit.machine import matmul_rate, resident_bytes, return_free_memory, synchronize
-    from lorafit.memory import peak_bytes, reset_peak
+    """One case in this process: {"peak_bytes", "idle_bytes"} as `step_memory` gives them; with request["rounds"] also
+    {"seconds": […], "matmul_rates"} and what `prepare` found."""
     from lorafit.peers import build, supervised
 
     (case,), source, batch = _read(request)
-    device = batch["input_ids"].device
     result: dict[str, Any] = {"supervised_tokens": supervised(batch)}
-    if request["rounds"]:
-        trainee, found = prepare(case, source, batch, load_reference(Path(request["reference"])))
-        if trainee is None:
-            return found
-        result |= found
-    else:
-        trainee = build(case, source, batch)
-    for _ in range(max(1, request["warmup"])):  # optimizer state is made, and what is compiled is compiled
+    if not request["rounds"]:
+        return result | step_memory(build(case, source, batch), batch, request["warmup"])
+    trainee, found = prepare(case, source, batch, load_reference(Path(request["reference"])))
+    if trainee is None:
+        return found
+    memory = step_memory(trainee, batch, request["warmup"])
+    return result | found | memory | step_times(trainee, batch, request["rounds"], request["seconds"])
+
+
+def step_memory(trainee: Trainee, batch: Any, warmup: int) -> dict[str, int]:
+    """{"peak_bytes", "idle_bytes"}: the most that two steps need on top of what lies idle between steps, and that, on
+    the CUDA device or in the whole process. There is one warm-up step at least."""
+    from lorafit.machine import resident_bytes, return_free_memory, synchronize
+    from lorafit.memory import peak_bytes, reset_peak
+
+    device = batch["input_ids"].device
+    for _ in range(max(1, warmup)):  # optimizer state is made, and what is compiled is compiled
         trainee.step(batch)
     synchronize(device)
     gc.collect()
@@ -409,13 +429,20 @@ def measure_alone(request: Mapping[str, Any]) -> dict[str, Any]:
     for _ in range(2):
         trainee.step(batch)
     synchronize(device)
-    result |= {"peak_bytes": peak_bytes(device) - idle, "idle_bytes": idle}
-    if request["rounds"]:
-        before = matmul_rate(device, torch.bfloat16)
-        step = _timed_step(trainee, batch, lambda: synchronize(device))
-        result["seconds"] = interleave({case.label: step}, request["rounds"], request["seconds"])[case.label]
-        result["matmul_rates"] = [before, matmul_rate(device, torch.bfloat16)]
-    return result
+    return {"peak_bytes": peak_bytes(device) - idle, "idle_bytes": idle}
+
+
+def step_times(trainee: Trainee, batch: Any, rounds: int, seconds: float) -> dict[str, Any]:
+    """{"seconds": […], "matmul_rates": [before, after]} of a trainee that has this process to itself."""
+    import torch
+
+    from lorafit.machine import matmul_rate, synchronize
+
+    device = batch["input_ids"].device
+    before = matmul_rate(device, torch.bfloat16)
+    step = _timed_step(trainee, batch, lambda: synchronize(device))
+    taken = interleave({"": step}, rounds, seconds)[""]
+    return {"seconds": taken, "matmul_rates": [before, matmul_rate(device, torch.bfloat16)]}
 
 
 def save_reference(path: Path, right: Any) -> None:
@@ -432,7 +459,7 @@ def load_reference(path: Path) -> Any:
 
     from lorafit.peers import Reference
 
-    if not path.exists():
+    if not path.is_file():
         return None
     gradients = load_file(path)
     return Reference(gradients.pop("").item(), gradients)

@@ -202,11 +202,12 @@ def random_model(source: Source, quant: bool, device: torch.device) -> Any:
             values.fill_(0.0 if name.endswith("bias") else 1.0)
         return nn.Parameter(values, requires_grad=False)
 
+    quantized = linear_layers(model).keys() - head_names(model) if quant else set()
     for name, module in list(model.named_modules()):
         for leaf, parameter in list(module._parameters.items()):
             if parameter is not None:
                 module._parameters[leaf] = drawn(f"{name}.{leaf}", parameter)
-        if quant and name in linear_layers(model) and name not in head_names(model):
+        if name in quantized:
             one = nn.ModuleDict({"layer": module})
             quantize_model(one, RECIPE, device, BaseReport("random", RECIPE))
             model.set_submodule(name, one["layer"])
