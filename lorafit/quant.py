@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
@@ -47,6 +48,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 3.2): input columns above 6.0 are multiplied in 16 bits.
 INT8_OUTLIER_THRESHOLD = 6.0
 _AT_ONCE = 2**17  # weights that are computed together
+_FEW = 2**14  # values that torch does not divide among threads
 
 
 def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -370,25 +372,36 @@ def reads_back_right(linear: Any, rows: int = 8) -> bool:
     The definition (QLoRA, section 2): two 4-bit codes a byte, high half first, in row-major order; a weight is
     its code's value times the scale of its block, and with double quantization the scales are stored so too.
     """
-    weight, quant_state = linear.weight.data, linear.weight.quant_state
+    quant_state = linear.weight.quant_state
     in_features, out_features = features(linear)
-    scales = quant_state.absmax
+    codes, read = linear.weight.data.view(torch.uint8).flatten(), dequantize_shared(linear).flatten()
+    values = quant_state.code.cpu().numpy()
+    # numpy, and a few rows at a time: threads that are woken for so little cost more than they do
+    step = max(1, _FEW // in_features)
+    for first in {0, max(0, out_features - rows)}:
+        for row in range(first, min(first + rows, out_features), step):
+            # whole bytes only: an odd row length may begin in the middle of one
+            start, stop = row * in_features // 2 * 2, min(row + step, out_features) * in_features // 2 * 2
+            packed = codes[start // 2 : stop // 2].cpu().numpy()
+            weights = values[np.stack((packed >> 4, packed & 15), axis=1).reshape(-1)]
+            block = np.arange(start, stop) // quant_state.blocksize
+            scales = _defined_scales(quant_state, start // quant_state.blocksize, (stop - 1) // quant_state.blocksize)
+            weights = torch.from_numpy(weights * scales[block - block[:1]])
+            expected = weights.to(quant_state.dtype).float().numpy()
+            if not np.allclose(read[start:stop].float().cpu().numpy(), expected, rtol=2e-2, atol=1e-6):
+                return False
+    return True
+
+
+def _defined_scales(quant_state: Any, first: int, last: int) -> np.ndarray:
+    """The scales of some blocks, by the definition."""
+    scales: np.ndarray = quant_state.absmax[first : last + 1].cpu().numpy()
     if quant_state.nested:
         nested = quant_state.state2
-        scales = nested.code[scales.long()] * nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
-        scales = scales + quant_state.offset
-    codes = weight.view(torch.uint8).flatten()
-    read = dequantize_shared(linear).flatten()
-    for first in {0, max(0, out_features - rows)}:
-        # whole bytes only: an odd row length may begin in the middle of one
-        start, stop = first * in_features // 2 * 2, min(first + rows, out_features) * in_features // 2 * 2
-        packed = codes[start // 2 : stop // 2]
-        values = quant_state.code[torch.stack((packed >> 4, packed & 15), dim=1).flatten().long()]
-        block = torch.arange(start, stop, device=weight.device) // quant_state.blocksize
-        expected = (values * scales[block]).to(quant_state.dtype).float()
-        if not torch.allclose(read[start:stop].float(), expected, rtol=2e-2, atol=1e-6):
-            return False
-    return True
+        blocks = np.arange(first, last + 1) // nested.blocksize
+        scales = nested.code.cpu().numpy()[scales] * nested.absmax.cpu().numpy()[blocks]
+        scales = scales + np.float32(quant_state.offset.item())
+    return scales
 
 
 # ------------------------------------------------------------------------------------------------ quantizing
@@ -494,7 +507,7 @@ def quantize_4bit(weight: Tensor, quant: Quantization, device: torch.device) -> 
     if device.type == "cpu" and _blocks_agree(kind):
         code = bnb.functional.get_4bit_type(kind, device=device)
         packed, scales = quantize_blocks(weight, block, code)
-        if torch.isfinite(scales).all():
+        if np.isfinite(scales.numpy()).all():
             state: dict[str, Any] = {"shape": weight.shape, "dtype": weight.dtype, "blocksize": block}
             state |= {"code": code, "quant_type": kind}
             if quant.double_quant:
