@@ -15,7 +15,9 @@ rotations. Sums run in float32 or wider; what is stored has the dtype of the inp
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +41,9 @@ class Ops:
     [batch or 1, length, head_dim]
     attend(scores, first, scale, lengths) -> (weights, log of the sum of each row's exponentials), causal: scores
     [n, groups, queries, keys] of the queries from place `first` on against all keys up to the last of them; lengths
-    [n]: how many keys there are, or None for all. attend_backward(scores, d weights, log sums, delta, first, scale, lengths)
-    -> (weights, d scores), delta being the sum of each row's output · its gradient
+    [n]: how many keys there are, or None for all
+    attend_backward(scores, d weights, log sums, delta, first, scale, lengths) -> (weights, d scores), delta being the
+    sum of each row's output · its gradient
     cross_entropy(logits, targets) -> (sum of -log p in float32, d sum / d logits); logits may be overwritten
     """
 
@@ -241,6 +244,53 @@ def compiled() -> Ops:
     formulas: list[Any] = [rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotate]
     formulas += [attend, attend_backward, cross_entropy]
     return Ops("compiled", *(torch.compile(formula, dynamic=True) for formula in formulas))
+
+
+def has_liger() -> bool:
+    """Whether the package liger-kernel is there (`pip install lorafit[liger]`)."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+@functools.cache
+def liger() -> Ops:
+    """Norms, SwiGLU and rotations by Liger's Triton kernels, the rest as eager. For CUDA."""
+    from liger_kernel.ops import rms_norm as norm, rope, swiglu as glu
+
+    def liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm_forward(x, weight, eps, 0.0, "llama", None)[0]
+
+    def liger_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # the root mean squares are not kept: one pass more over x
+        _, x, rstd, block, warps, casting = norm.rms_norm_forward(x, weight, eps, 0.0, "llama", None)
+        return norm.rms_norm_backward(dy, x, weight, rstd, 0.0, casting, block, warps, False, None)[0]
+
+    def liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+        return glu.swiglu_forward(gate, up)[2]
+
+    def liger_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # its kernel writes the gradients over gate and up, which autograd may be asked for again
+        return *glu.swiglu_backward(gate.clone(), up.clone(), dh), liger_swiglu(gate, up)
+
+    def liger_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # rotates queries and keys in one call, in place: here one of them is a head that nobody needs
+        other = x[:, :, :1].clone()
+        turned = rope.rope_forward(x.clone().transpose(1, 2), other.transpose(1, 2), cos, sin)[0]
+        return turned.transpose(1, 2)
+
+    return dataclasses.replace(
+        EAGER,
+        name="liger",
+        rms_norm=liger_rms_norm,
+        rms_norm_backward=liger_rms_norm_backward,
+        swiglu=liger_swiglu,
+        swiglu_backward=liger_swiglu_backward,
+        rotate=liger_rotate,
+    )
+
+
+def ops_without_compiling(device: torch.device) -> Ops:
+    """What is best on a device without torch.compile."""
+    return liger() if device.type == "cuda" and has_liger() else EAGER
 
 
 # Multiplications and additions of a run from which on compiling pays: it costs ten seconds on two cores of a CPU and

@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lorafit.checkpoint import random_state, set_random_state
 from lorafit.checkpointing import CHECKPOINTING, keep_products, recompute_blocks
 from lorafit.data.loader import Batch
-from lorafit.elementwise import EAGER, WORTH_COMPILING, require_compiled
+from lorafit.elementwise import EAGER, WORTH_COMPILING, ops_without_compiling, require_compiled
 from lorafit.errors import InputError, did_you_mean
 from lorafit.fastpath import PLAIN, leave_fast_path, recomputes, take_fast_path, use_ops
 from lorafit.inject import (
@@ -193,9 +193,8 @@ class FinetuneModule(L.LightningModule):
 
     def _choose_paths(self, model: nn.Module) -> None:
         """Give the layers their fast path, and say what is kept for the backward pass."""
-        h = self.options
-        if h.compile == "on":
-            self.ops = require_compiled(next(model.parameters()).device)
+        h, device = self.options, next(model.parameters()).device
+        self.ops = require_compiled(device) if h.compile == "on" else ops_without_compiling(device)
         if h.fused == "auto":
             self.paths = take_fast_path(model, ops=self.ops, recompute=h.checkpointing == "selective")
         else:
