@@ -132,6 +132,7 @@ def model_options(config: Config) -> dict[str, Any]:
         "attention": model.attention,
         "trust_remote_code": model.trust_remote_code,
         "revision": model.revision,
+        "cache": model.cache,
     }
 
 

@@ -8,8 +8,9 @@ sharded modules do: its parameters, names and place stay, `isinstance` holds, an
 rewritten and no library patched.
 
 What a module computes is told by trying, not by its name: an attention, a feed-forward block or a norm is taken only
-when the fast forward gives the module's own result on a small input. Where a call cannot take the fast path (a
-cache while generating, another dtype, hooks that want to see the base layer, autocast) the module's own forward runs.
+when the fast forward gives the module's own result on a small input. Where a call cannot take the fast path (another
+dtype, hooks that want to see the base layer, autocast) the module's own forward runs; so it does without gradients,
+so that what is measured is, to the last bit, what anybody measures who loads the adapter.
 """
 
 from __future__ import annotations
@@ -130,7 +131,13 @@ class _FastNorm(_Fast):
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         x = hidden_states
         eps = self.variance_epsilon
-        if self.weight.requires_grad or x.dtype != self.weight.dtype or _watched(self) or not x.shape[0]:
+        if (
+            not torch.is_grad_enabled()
+            or self.weight.requires_grad
+            or x.dtype != self.weight.dtype
+            or _watched(self)
+            or not x.shape[0]
+        ):
             return super().forward(x)  # type: ignore[misc]
         y = fused.rms_norm(self.fast_ops, x, self.weight, eps)
         if self.fast_recompute and y.requires_grad:
@@ -151,7 +158,9 @@ def _watched(module: nn.Module) -> bool:
 def _ready(x: Tensor, *layers: Any) -> bool:
     """Whether this input can go through the layers in one step: LoRA layers over bases that can be read from outside,
     or plain frozen ones beside at least one of those; all in the dtype of x."""
-    if torch.is_autocast_enabled(x.device.type) or not any(isinstance(layer, LoRALinear) for layer in layers):
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if not any(isinstance(layer, LoRALinear) for layer in layers):
         return False
     for layer in layers:
         base = layer
@@ -267,7 +276,7 @@ def _try(module: Any, mixin: type, probe: Callable[[Any], Any]) -> tuple[str | N
     forward tells its attention function)."""
     own, options = type(module), {}
     try:
-        with _still(module), torch.no_grad():
+        with _still(module), torch.enable_grad():  # without gradients no module takes it
             inputs = probe(module)
             if inputs is None:
                 return "another layout", {}
@@ -297,7 +306,7 @@ def _close(first: Any, second: Any) -> bool:
     if first is None or second is None:
         return first is second
     tolerance = 4 * torch.finfo(first.dtype).eps
-    first, second = first.double(), second.double()
+    first, second = first.detach().double(), second.detach().double()
     close = torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(first.abs().max()))
     return close and bool(torch.isfinite(first).all())
 

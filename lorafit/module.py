@@ -166,6 +166,7 @@ class FinetuneModule(L.LightningModule):
                     attention=h.attention,
                     trust_remote_code=h.trust_remote_code,
                     revision=h.revision,
+                    cache=h.cache,
                 )
             self.wrapped = inject_lora(
                 model,
@@ -260,7 +261,7 @@ class FinetuneModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.model is not None
-        loss, tokens = supervised_loss(self.model, batch, self.ops)
+        loss, tokens = supervised_loss(self.model, batch)
         self._validation.append(torch.stack((loss.double(), tokens.double())))
 
     def on_validation_epoch_start(self) -> None:

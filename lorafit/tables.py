@@ -316,6 +316,7 @@ def base_sentence(base: BaseReport) -> str:
     """How the base weights are stored, and what could not be quantized and why."""
     if base.quant is None:
         return "not quantized"
+    source = f", read from the quantized copy in {base.copy}" if base.copy else ""
     quant = base.quant
     detail = f", blocks of {quant.block_size}" if quant.block_size else ""
     detail += ", double quantization" if quant.double_quant else ""
@@ -326,7 +327,9 @@ def base_sentence(base: BaseReport) -> str:
     for reason, names in reasons.items():
         shown = names[0] if len(names) == 1 else f"{len(names)} layers such as {names[0]}"
         text += f"; {shown} not quantized: {reason}"
-    return text
+    if base.whole:
+        text += f"; the 16-bit model was whole in memory: {base.whole}"
+    return text + source
 
 
 def result_table(metrics: Mapping[str, Any]) -> Table:

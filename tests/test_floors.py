@@ -18,8 +18,8 @@ FLOORS = {
         *("copies", "data", "elementwise", "embedded", "errors", "fingerprint"),
         *("fourbit", "loading", "quant", "rounding", "weights"),
     ),
-    1: ("lora", "loss", "fused"),
-    2: ("inject",),
+    1: ("lora", "loss", "fused", "checkpointing"),
+    2: ("inject", "fastpath"),
     3: (
         *("adapter", "checkpoint", "memory", "machine", "retention", "evaluation", "isolation"),
         *("merging", "serving", "combining", "spectrum"),
