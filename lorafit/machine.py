@@ -45,7 +45,7 @@ def _median_seconds(work: Callable[[], object], device: torch.device, seconds: f
     return statistics.median(times)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, seconds: float = 1.0) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, seconds: float = 0.3) -> float:
     """Floating point operations a second of [size, size] @ [size, size] in `dtype`, by the median of the calls."""
     a = torch.ones(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)

@@ -621,7 +621,8 @@ def recomputed_share(trainee: Trainee, batch: Batch, config: Any, rank: int) -> 
     """The share of its blocks' forward products that one step computes a second time: about 0 without checkpointing,
     about 1 where every block runs again. Counted while a step runs; its gradients are left.
 
-    A little below 0 is right: the input of the first block needs no gradient, so some products fall away.
+    A little below 0 is right: the input of the first block needs no gradient, so some products fall away. Of a batch of
+    as few tokens as one, two or three ranks, products with the adapters cannot be told from those with the base.
     """
     kept = {config.hidden_size, config.intermediate_size, batch["input_ids"].numel()}
     thin = {rank, 2 * rank, 3 * rank, config.vocab_size} - kept
