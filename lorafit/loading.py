@@ -40,6 +40,7 @@ from lorafit.quant import (
     note_quantized,
     quantize_model,
     quantized_layer,
+    release_shared,
     to_dtype,
 )
 from lorafit.weights import Ahead, FileWeights, Planned
@@ -168,8 +169,9 @@ def _quantize(
 
         quantize_model(model, quant, device, report, layer_of)
     files.fill(model)
+    release_shared()
     if copy is not None:
-        report.fingerprint, report.copy = copy.fingerprint, str(copy.entry.folder)
+        report.fingerprint, report.copy = copy.fingerprint, str(copy.entry.folder) if copy.sound else None
     elif names:
         for name in names:
             if name not in fingerprint:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
-from lorafit import copies, loading
+from lorafit import copies, loading, weights
 from lorafit.errors import InputError
 from lorafit.fingerprint import fingerprint_of
 from lorafit.loading import load_base_model
@@ -212,9 +212,9 @@ def test_the_model_is_never_whole_in_sixteen_bits(
     tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str
 ) -> None:
     tiny_llama(num_hidden_layers=8, hidden_size=256, intermediate_size=512).bfloat16().save_pretrained(tmp_path)
-    weights = FileWeights(tmp_path)
-    largest = max(planned.nbytes for planned in weights.values())
-    matrices = sum(planned.nbytes for planned in weights.values() if planned.nbytes > 2 * 96 * 256)
+    files = FileWeights(tmp_path)
+    largest = max(planned.nbytes for planned in files.values())
+    matrices = sum(planned.nbytes for planned in files.values() if planned.nbytes > 2 * 96 * 256)
     real, most, calls = loading.quantized_layer, 0, 0
 
     def watched(linear: nn.Module, *rest: Any) -> Any:
@@ -243,6 +243,50 @@ def test_another_way_of_loading_in_transformers_is_noticed_and_reported(
     assert "this version of transformers" in str(base_report(model).whole)
     monkeypatch.undo()
     assert_same_model(model, whole(llama_folder, "nf4"))
+
+
+def test_files_that_we_cannot_read_are_left_to_transformers(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(weights.DTYPES, "F32")
+    model = load_base_model(str(llama_folder), quant="nf4", device="cpu")
+    assert "piece by piece" in str(base_report(model).whole)
+    assert_same_model(model, whole(llama_folder, "nf4"))
+
+
+def test_a_model_of_the_hub_is_read_from_where_the_hub_keeps_it(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_copy: Path
+) -> None:
+    """The folders of huggingface_hub's cache: a name for a commit, and links to files that are named by their hash."""
+    place, commit = tmp_path / "hub" / "models--someone--tiny", "1" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    (place / "blobs").mkdir()
+    (place / "snapshots" / commit).mkdir(parents=True)
+    for number, path in enumerate(llama_folder.iterdir()):
+        blob = place / "blobs" / f"{number:040x}"
+        blob.write_bytes(path.read_bytes())
+        (place / "snapshots" / commit / path.name).symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for copied in (False, True):
+        model = load_base_model("someone/tiny", quant="nf4", device="cpu", cache=True)
+        report = base_report(model)
+        assert report is not None and report.whole is None
+        assert bool(report.copy) == copied
+        assert model.name_or_path == "someone/tiny"
+        expected = whole(llama_folder, "nf4")
+        assert report.fingerprint == base_report(expected).fingerprint
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(bits(tensor), bits(model.state_dict()[name])), name
+
+
+def test_loading_draws_no_more_random_numbers_than_transformers(llama_folder: Path, every_copy: Path) -> None:
+    states = []
+    for load in (whole, *[lambda folder, quant: load_base_model(str(folder), quant=quant, cache=True)] * 2):
+        torch.manual_seed(0)
+        load(llama_folder, "nf4")
+        states.append(torch.get_rng_state())
+    assert all(torch.equal(state, states[0]) for state in states)
 
 
 def test_transformers_is_itself_again_after_a_load_and_after_a_failure(llama_folder: Path) -> None:
