@@ -74,8 +74,9 @@ def entry_of(paths: Sequence[Path], model: Any, quant: Quantization, device: tor
         "config": {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"},
         "dtype": str(model.dtype),
         "quant": quant.as_dict(),
-        # which layers bitsandbytes reads back rightly is a matter of the processor
-        "device": [device.type, torch.backends.cpu.get_cpu_capability()],
+        # which layers bitsandbytes reads back rightly is a matter of the processor, and the last bit of the mean that
+        # double quantization takes one of how many threads add it up
+        "device": [device.type, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
         "versions": [version("bitsandbytes"), version("transformers"), torch.__version__.split(".")[0]],
     }
     text = json.dumps(made_of, sort_keys=True, default=str)
