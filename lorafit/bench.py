@@ -19,6 +19,9 @@ the same with checkpointing, nf4_vs_bf16 (lorafit against itself) and head_loss 
 half of the tokens not trained, against transformers). litgpt takes part in bf16 alone; unsloth on CUDA alone and in
 its own process. What a step must compute is told as a share of the rate of a plain matrix product, measured beside it.
 
+Models of more than 10⁹ weights are drawn on the device layer by layer, compared in their first two layers, and timed
+each in a process of its own.
+
 Leaves bench.json. A system that is not installed, fails or differs is named with its reason.
 """
 
@@ -96,33 +99,30 @@ def run(config: Config, folder: Path) -> None:
         found["model"] = {"shape": bench.shape, **describe_model(source.model_config())}
         found["batch"] = {"batch_size": bench.batch_size, "length": bench.length}
         for name in bench.settings:
-            setting = SETTINGS[name]
             wanted = cases(name, systems, config.model.compile, config.rank, config.alpha)
             missing = {case.label: absence(case, device.type, installed(case.system)) for case in wanted}
             ready = [case for case in wanted if missing[case.label] is None]
-            terminal.print(f"{setting.title}: {', '.join(case.label for case in ready) or 'nothing to measure'} …")
-            masked = bench.masked or (0.5 if name == "head_loss" else 0.0)
+            labels = ", ".join(case.label for case in ready) or "nothing to measure"
+            terminal.print(f"{SETTINGS[name].title}: {labels} …")
             request = {
                 "source": dataclasses.asdict(source),
                 "device": str(device),
-                "batch": {"rows": bench.batch_size, "length": bench.length, "masked": masked, "seed": config.seed},
+                "batch": {
+                    "rows": bench.batch_size,
+                    "length": bench.length,
+                    "masked": masked(bench.masked, name),
+                    "seed": config.seed,
+                },
                 "warmup": bench.warmup,
                 "rounds": bench.steps,
                 "seconds": bench.seconds,
                 "reference": str(Path(place) / f"{name}.safetensors"),
             }
-            together = [dataclasses.asdict(case) for case in ready if case.system != "unsloth"]
-            timed = run_child(request | {"do": "together", "cases": together}) if together else {}
-            alone: dict[str, Any] = {}
-            for case in ready:
-                if bench.memory or case.system == "unsloth":
-                    rounds = bench.steps if case.system == "unsloth" else 0
-                    one = {"do": "alone", "cases": [dataclasses.asdict(case)], "rounds": rounds}
-                    alone[case.label] = run_child(request | one)
+            timed, alone = measure_setting(ready, source, request, bench.memory)
             rows = make_rows(name, wanted, missing, timed, alone, bench.tolerance)
             for row in rows:
                 add_speed(row, found["model"], bench.batch_size * bench.length, bench.length)
-            add_ratios(rows, setting.against)
+            add_ratios(rows, SETTINGS[name].against)
             found["rows"] += rows
             found["comparisons"] += comparisons(rows)
             if rates := timed.get("matmul_rates"):
@@ -130,6 +130,29 @@ def run(config: Config, folder: Path) -> None:
             write_json(folder / "bench.json", found)
     for part in bench_tables(found):
         terminal.print(part)
+
+
+def masked(share: float, setting: str) -> float:
+    """The share of the tokens that is not trained; to leave them out is what the loss alone is about."""
+    return share or (0.5 if setting == "head_loss" else 0.0)
+
+
+def measure_setting(
+    ready: Sequence[Case], source: Source, request: Mapping[str, Any], memory: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the answer of the process in which all are, the answers by label of those in which each is alone)."""
+    # models that cannot lie side by side are compared in their first layers, and timed each by itself
+    large = source.folder is None
+    few = {"source": dataclasses.asdict(first_layers(source)), "rounds": 0, "reference": ""} if large else {}
+    together = [dataclasses.asdict(case) for case in ready if case.system != "unsloth"]
+    timed = run_child({**request, "do": "together", "cases": together, **few}) if together else {}
+    alone: dict[str, Any] = {}
+    for case in ready:
+        by_itself = large or case.system == "unsloth"
+        if memory or by_itself:
+            one = {**request, "do": "alone", "cases": [dataclasses.asdict(case)]}
+            alone[case.label] = run_child(one if by_itself else one | {"rounds": 0})
+    return timed, alone
 
 
 def check_request(config: Config) -> None:
@@ -220,6 +243,11 @@ def make_source(shape: str, length: int, seed: int, folder: Path) -> Source:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**options), dtype=torch.bfloat16)
     model.save_pretrained(folder / "model")
     return Source(folder=str(folder / "model"), seed=seed)
+
+
+def first_layers(source: Source, layers: int = 2) -> Source:
+    """A source that is drawn, with so many layers alone: gradients that need float32 fit there."""
+    return dataclasses.replace(source, config=dict(source.config or {}) | {"num_hidden_layers": layers})
 
 
 def shape_options(shape: str, length: int) -> dict[str, Any]:

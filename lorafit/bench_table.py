@@ -79,15 +79,18 @@ def make_rows(
             row["status"], row["reason"] = absent
             continue
         own = alone.get(case.label, {})
-        by_itself = case.system == "unsloth"
+        by_itself = "seconds" in own
+        # a system that may not be beside the others answers for itself; where all died, they died of the same
+        found = own if case.system == "unsloth" else timed.get("cases", {}).get(case.label, timed)
         whole = own if by_itself else timed
-        found = own if by_itself else timed.get("cases", {}).get(case.label, timed)
-        if failure := found.get("failed"):
+        taken = own["seconds"] if by_itself else timed.get("seconds", {}).get(case.label, [])
+        if failure := found.get("failed") or (own.get("failed") if not taken else None):
             row |= {"status": "failed", "reason": failure}
             continue
-        row |= {key: found.get(key) for key in ("loss_error", "gradient_errors", "recomputed_share", "adapter_weights")}
+        row |= {key: found.get(key) for key in ("loss_error", "gradient_errors")}
+        counted = own if by_itself else found
+        row |= {key: counted.get(key) for key in ("recomputed_share", "adapter_weights")}
         row |= {key: whole.get(key) for key in ("matmul_rates", "supervised_tokens")}
-        taken = own.get("seconds", []) if by_itself else timed.get("seconds", {}).get(case.label, [])
         row["timed"] = "alone" if by_itself else "interleaved"
         row["rounds"] = list(taken) if by_itself else [taken[n] for n in kept]
         row["dropped"] = len(taken) - len(row["rounds"])

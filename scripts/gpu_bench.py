@@ -38,6 +38,7 @@ from rich.table import Table
 from lorafit.bench import (
     SHAPES,
     describe_model,
+    first_layers,
     prepare,
     run_child,
     shape_options,
@@ -119,9 +120,8 @@ def cases(plan: Plan) -> dict[str, tuple[str, Case]]:
     return found
 
 
-def source_of(shape: str, length: int, layers: int | None = None) -> Source:
-    options = shape_options(shape, length)
-    return Source(config=options | ({"num_hidden_layers": layers} if layers else {}))
+def source_of(shape: str, length: int) -> Source:
+    return Source(config=shape_options(shape, length))
 
 
 # ------------------------------------------------------------------------------------------------ in a child process
@@ -252,7 +252,7 @@ def verify(plan: Plan, shape: str, clock: Clock, chosen: re.Pattern[str]) -> dic
     request = {
         "do": "together",
         "cases": [dataclasses.asdict(case) for case in wanted],
-        "source": dataclasses.asdict(source_of(shape, plan.verified_length, layers=2)),
+        "source": dataclasses.asdict(first_layers(source_of(shape, plan.verified_length))),
         "device": plan.device,
         "batch": {"rows": 1, "length": plan.verified_length, "masked": 0.3, "seed": 0},
         "warmup": 0,

@@ -116,6 +116,24 @@ def test_one_command_compares_measures_and_writes(in_process: None, tmp_path: Pa
         assert SETTINGS[name].title in shown
 
 
+def test_models_too_large_to_lie_side_by_side_are_timed_each_by_itself(
+    in_process: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "WRITTEN", 0)
+    monkeypatch.setitem(bench.SHAPES, "tiny", bench.SHAPES["tiny"] | {"num_hidden_layers": 3})
+    code, _, errors = command(tmp_path, "bench.systems=[lorafit,peft]", "bench.settings=[nf4]", "bench.memory=false")
+    assert code == 0, errors
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["status"] == "measured" and row["timed"] == "alone" and row["speed_ratio_quartiles"] is None
+        assert row["speed_ratio"] > 0 and row["memory_ratio"] > 0
+        # compared in two layers, measured in three
+        assert max(row["gradient_errors"].values()) < 0.015
+        assert row["adapter_weights"] == 3 * 16 * (4 * (128 + 128) + 3 * (128 + 256))
+
+
 def test_a_child_process_answers_or_says_why_not(source: Source) -> None:
     case = Case("transformers", "transformers", part="head")
     found = run_child(request_of(source, [case]) | {"do": "alone"})
