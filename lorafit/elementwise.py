@@ -146,11 +146,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Slices of rows that fit the cache; all rows at once where there is no such cache to fit."""
-    rows = x.shape[0] if x.device.type != "cpu" else max(1, BLOCK // max(1, x[0].numel() if x.shape[0] else 1))
-    return (slice(start, start + rows) for start in range(0, x.shape[0], max(1, rows)))
+    count = x.shape[0]
+    rows = max(1, count if x.device.type != "cpu" else BLOCK * count // max(1, x.numel()))
+    return (slice(start, start + rows) for start in range(0, count, rows))
 
 
 def _eager_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.device.type != "cpu":
+        return rms_norm(x, weight, eps)
     y = torch.empty_like(x)
     for rows in _blocks(x):
         y[rows] = rms_norm(x[rows], weight, eps)
@@ -158,6 +161,8 @@ def _eager_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _eager_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.device.type != "cpu":
+        return rms_norm_backward(dy, x, weight, eps)
     dx = torch.empty_like(x)
     for rows in _blocks(x):
         dx[rows] = rms_norm_backward(dy[rows], x[rows], weight, eps)
@@ -214,12 +219,17 @@ def _eager_attend_backward(
 
 
 def _eager_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    index = targets.unsqueeze(1)
-    logarithm = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    loss = -logarithm.gather(1, index).sum()
-    gradient = logarithm.exp_()
-    gradient.scatter_add_(1, index, gradient.new_full((1, 1), -1.0).expand(index.shape))
-    return loss, logits.copy_(gradient)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    total = logits.new_zeros((), dtype=dtype)
+    # rows of a vocabulary are long: a few of them fill the cache
+    few = 32 if logits.device.type == "cpu" else max(1, logits.shape[0])
+    for start in range(0, logits.shape[0], few):
+        rows, index = logits[start : start + few], targets[start : start + few].unsqueeze(1)
+        gradient = torch.log_softmax(rows, dim=-1, dtype=dtype)
+        total -= gradient.gather(1, index).sum()
+        gradient.exp_().scatter_add_(1, index, gradient.new_full((1, 1), -1.0).expand(index.shape))
+        rows.copy_(gradient)
+    return total, logits
 
 
 EAGER = Ops(
