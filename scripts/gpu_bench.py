@@ -5,9 +5,9 @@ care by people who had no GPU, and tried by `--rehearse` alone.
     python scripts/gpu_bench.py --only 'llama-7b.*nf4'    the cases whose name matches
     python scripts/gpu_bench.py --rehearse             the same code on the CPU with tiny sizes
 
-In this order, as far as the time reaches: the tests that need a GPU; for each size a model of two layers, whose loss
-and gradients are compared with float32; each size with LoRA and QLoRA and rows of 512, 2048 and 8192 tokens; an
-optimizer whose paged state is pushed out of the device. The weights are random, made on the device layer by layer (70B
+In this order, as far as the time reaches: the tests that need a GPU; an optimizer whose paged state is pushed out of
+the device; for each size a model of two layers, whose loss and gradients are compared with float32; each size with LoRA
+and QLoRA and rows of 512, 2048 and 8192 tokens. The weights are random, made on the device layer by layer (70B
 parameters are never there in 16 bits; unsloth reads a folder, and is measured at 7B alone). All systems recompute: what
 is cheap in a block ("selective"), or the whole block ("full").
 
@@ -221,7 +221,7 @@ class Clock:
         self.end = time.monotonic() + 60 * minutes
 
     def limit(self, seconds: float) -> float:
-        return min(seconds, self.end - time.monotonic())
+        return max(0.0, min(seconds, self.end - time.monotonic()))
 
 
 def run_tests(plan: Plan, clock: Clock) -> dict[str, Any]:
@@ -378,6 +378,10 @@ def main() -> int:
         terminal.print("pytest -m gpu …")
         found["tests"] = run_tests(plan, clock)
         terminal.print(json.dumps(found["tests"]))
+    terminal.print("a paged optimizer …")
+    request = {"do": "paging", "what": "paging", "device": plan.device, "elements": plan.paged_elements}
+    found["paging"] = run_child(request, clock.limit(60), command=HERE)
+    terminal.print(json.dumps(found["paging"]))
     wanted = {name: entry for name, entry in cases(plan).items() if chosen.search(name)}
     for shape in dict.fromkeys(shape for shape, _ in wanted.values()):
         terminal.print(f"{shape}: loss and gradients of two layers …")
@@ -389,11 +393,6 @@ def main() -> int:
             terminal.print(f"{name} …")
             found["rows"] += measure(plan, name, shape, case, clock, Path(place) / shape)
             write_json(options.out, found)
-    terminal.print("a paged optimizer …")
-    request = {"do": "paging", "what": "paging", "device": plan.device, "elements": plan.paged_elements}
-    left = max(20.0, clock.limit(60))
-    found["paging"] = run_child(request, left, command=HERE)
-    terminal.print(json.dumps(found["paging"]))
     show(found, terminal)
     write_json(options.out, found)
     return 0
