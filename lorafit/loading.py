@@ -45,6 +45,8 @@ from lorafit.quant import (
 )
 from lorafit.weights import Ahead, FileWeights, Planned
 
+_MAPPED = 2**20  # bytes from which on a tensor that stays in 16 bits is a view of its file
+
 
 def resolve(name: str) -> str:
     """The hub id or folder behind a model name; "embedded" is the model inside the package."""
@@ -192,32 +194,39 @@ class _Files:
         self.wait = wait
         self.whole: str | None = None
         self.paths: list[Path] = []
-        self._waiting: dict[int, tuple[Tensor, Planned, torch.dtype]] = {}
+        self._weights = FileWeights(())
+        self._waiting: dict[int, tuple[Tensor, str, torch.dtype]] = {}
 
     def state_dict(self, paths: list[str] | None, load_config: Any) -> dict[str, Any] | None:
         """What transformers is to load from, by the names in the files; None to leave the reading to it."""
         self.paths = [Path(path) for path in paths or ()]
         try:
-            weights = FileWeights(self.paths)
+            self._weights = FileWeights(self.paths)
         except InputError:  # it says what is wrong, or can read what we cannot
             self.whole = "its files are not such as can be read piece by piece"
             return None
         # conversions that do more than rename would compute with the placeholders
         if any(hasattr(each, "operations") for each in load_config.weight_mapping or ()):
             self.wait, self.whole = False, "its files hold weights that are put together as they are loaded"
-        return {name: _Slice(self, planned) for name, planned in weights.items()}
+        return {name: _Slice(self, name, planned) for name, planned in self._weights.items()}
 
-    def placeholder(self, planned: Planned, dtype: torch.dtype) -> Tensor:
+    def placeholder(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of the shape and dtype of a matrix that takes no memory, and is NaN throughout."""
         nothing = torch.full((1,), torch.nan, dtype=dtype)
-        self._waiting[nothing.data_ptr()] = (nothing, planned, dtype)
-        return nothing.expand(planned.shape)
+        self._waiting[nothing.data_ptr()] = (nothing, name, dtype)
+        return nothing.expand(self._weights[name].shape)
 
     def waiting(self, tensor: Tensor) -> tuple[Planned, torch.dtype] | None:
         """What a placeholder stands for, and as which dtype; None for any other tensor."""
         if tensor.is_meta or tensor.data_ptr() not in self._waiting:
             return None
-        return self._waiting[tensor.data_ptr()][1:]
+        _, name, dtype = self._waiting[tensor.data_ptr()]
+        return self._weights[name], dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that stays as it is: small ones are read, and the others are views of their file."""
+        planned = self._weights[name]
+        return self._weights.mapped(name) if planned.nbytes >= _MAPPED else planned.make()
 
     def read(self, tensor: Tensor) -> Tensor:
         """What a placeholder stands for; any other tensor itself."""
@@ -228,22 +237,23 @@ class _Files:
         """Put what they stand for in the place of all placeholders."""
         for tensor in (*model.parameters(), *model.buffers()):
             if self.waiting(tensor) is not None:
-                tensor.data = self.read(tensor)
+                _, name, dtype = self._waiting[tensor.data_ptr()]
+                tensor.data = self.tensor(name).to(dtype)
 
 
 class _Slice:
     """A tensor in a file, as transformers takes it: all of it by `[...]`, and then `to` a dtype."""
 
-    def __init__(self, files: _Files, planned: Planned) -> None:
-        self._files, self._planned = files, planned
+    def __init__(self, files: _Files, name: str, planned: Planned) -> None:
+        self._files, self._name, self._planned = files, name, planned
 
     def __getitem__(self, where: Any) -> Any:
         planned = self._planned
         matrix = len(planned.shape) == 2 and planned.nbytes and planned.dtype.is_floating_point
-        return self if self._files.wait and matrix and where is ... else planned.make()[where]
+        return self if self._files.wait and matrix and where is ... else self._files.tensor(self._name)[where]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        return self._files.placeholder(self._planned, dtype or self._planned.dtype)
+        return self._files.placeholder(self._name, dtype or self._planned.dtype)
 
 
 _reading_lock = threading.Lock()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lorafit.errors import InputError
@@ -75,8 +76,16 @@ class FileWeights(Mapping[str, Planned]):
     def __init__(self, source: str | Path | Iterable[str | Path]) -> None:
         files = _files_of(Path(source)) if isinstance(source, str | Path) else source
         self._tensors: dict[str, Planned] = {}
+        self._paths: dict[str, Path] = {}
         for path in files:
-            self._tensors |= read_header(Path(path))[0]
+            tensors = read_header(Path(path))[0]
+            self._tensors |= tensors
+            self._paths |= dict.fromkeys(tensors, Path(path))
+
+    def mapped(self, name: str) -> Tensor:
+        """A tensor as a view of its file: pages that nobody looks at take no memory, and processes share the others."""
+        with safe_open(self._paths[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def __getitem__(self, name: str) -> Planned:
         return self._tensors[name]

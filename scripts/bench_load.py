@@ -9,7 +9,8 @@
 
 The three take turns, so that a machine that changes its speed changes it for all. Timed is the call alone, after the
 imports and with the file in the page cache. Memory is the peak of the process (VmHWM, set back just before the call)
-above what it had then; mapped pages of a file count, as they do for the kernel that must find room for them.
+above what it had then. Mapped pages of a file count once they are looked at, so that `used`, after a first forward
+pass, says what is needed to go on from what was kept.
 """
 
 from __future__ import annotations
@@ -86,8 +87,9 @@ disarm_repacking(model)
 ids = torch.arange(1, 33).view(1, -1)
 with torch.no_grad():
     loss = float(model(input_ids=ids, labels=ids).loss)
+used = memory("VmRSS") - before
 print(json.dumps({
-    "seconds": seconds, "peak": peak, "kept": kept, "loss": loss,
+    "seconds": seconds, "peak": peak, "kept": kept, "used": used, "loss": loss,
     "copy": bool(report and report.copy), "whole": report and report.whole, "threads": torch.get_num_threads(),
 }))
 """
@@ -129,17 +131,20 @@ def main() -> None:
                 runs[system].append(json.loads(child(LOAD, system, str(model), LORAFIT_CACHE=cache)))
     assert all(run["copy"] for run in runs["warm"]) and not any(run["copy"] for run in runs["cold"])
     medians = {
-        system: {key: statistics.median(run[key] for run in found) for key in ("seconds", "peak", "kept")}
+        system: {key: statistics.median(run[key] for run in found) for key in ("seconds", "peak", "kept", "used")}
         for system, found in runs.items()
     }
     rows = []
     print(f"{size / 1e9:.2f} GB in 16 bits, NF4 with double quantization, medians of {options.rounds}")
-    print(f"{'':14}{'seconds':>9}{'peak MB':>9}{'kept MB':>9}{'time':>7}{'memory':>8}   loss of 32 tokens")
+    print(
+        f"{'':14}{'seconds':>9}{'peak MB':>9}{'kept MB':>9}{'used MB':>9}{'time':>7}{'memory':>8}   loss of 32 tokens"
+    )
     for system, median in medians.items():
         ratios = {key: median[key] / medians["transformers"][key] for key in ("seconds", "peak")}
         rows.append({"system": system, **median, "ratios": ratios, "runs": runs[system]})
         print(
             f"{system:14}{median['seconds']:9.2f}{median['peak'] / 1e6:9.0f}{median['kept'] / 1e6:9.0f}"
+            f"{median['used'] / 1e6:9.0f}"
             f"{ratios['seconds']:7.2f}{ratios['peak']:8.2f}   {runs[system][0]['loss']:.6f}"
         )
     if options.json:

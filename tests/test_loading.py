@@ -108,7 +108,10 @@ def assert_same_model(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("quant", [None, "nf4", "int8"])
 @pytest.mark.parametrize("family", CAUSAL)
-def test_each_architecture_is_the_same_read_piece_by_piece(family: str, quant: str | None, tmp_path: Path) -> None:
+def test_each_architecture_is_the_same_read_piece_by_piece(
+    family: str, quant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_MAPPED", 2**12)  # small and large tensors, in a small model
     AutoModelForCausalLM.from_config(CAUSAL[family][0]).save_pretrained(tmp_path)
     loaded = load_base_model(str(tmp_path), quant=quant, device="cpu")
     assert_same_model(loaded, whole(tmp_path, quant))
@@ -136,6 +139,24 @@ def test_a_checkpoint_in_several_files_is_read_from_all_of_them(tiny_llama: Tiny
     tiny_llama().save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_same_model(load_base_model(str(tmp_path), quant="nf4", device="cpu"), whole(tmp_path, "nf4"))
+
+
+def test_what_stays_in_sixteen_bits_is_a_view_of_the_file_that_outlives_it(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(llama_folder, {"type": "nf4", "compute_dtype": "float32"})
+    monkeypatch.setattr(loading, "_MAPPED", 0)
+    model = load_base_model(str(llama_folder), quant={"type": "nf4", "compute_dtype": "float32"}, device="cpu")
+    if Path("/proc/self/maps").is_file():
+        assert str(llama_folder / "model.safetensors") in Path("/proc/self/maps").read_text()
+    model.lm_head.weight[0, 0] += 1  # the view's own, and not the file's
+    assert torch.equal(load_file(llama_folder / "model.safetensors")["lm_head.weight"], expected.lm_head.weight)
+    model.lm_head.weight[0, 0] -= 1
+    (llama_folder / "model.safetensors").unlink()
+    (llama_folder / "config.json").unlink()
+    expected.lm_head.weight[0, 0] += 1
+    expected.lm_head.weight[0, 0] -= 1
+    assert_same_model(model, expected)
 
 
 def without_prefix(folder: Path) -> None:
