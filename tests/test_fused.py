@@ -407,6 +407,49 @@ def test_outputs_that_nobody_uses_bring_no_gradient(used: tuple[int, ...], dropo
             torch.testing.assert_close(one, other)
 
 
+def test_of_an_output_that_nobody_uses_nothing_is_multiplied() -> None:
+    layers, x = [make_layer(shape=(5, 3 + n)) for n in range(3)], double(7, 5).requires_grad_()
+    first, _, _ = fused.linears(EAGER, layers, x)
+    with Products() as counted:
+        first.sum().backward()
+    # dX through W and through A, dA, dB and G B of the first alone
+    assert counted.work == 7 * (5 * 3 + 2 * 2 * (5 + 3))
+
+
+@pytest.mark.parametrize("step", ["linears", "swiglu", "rms_norm", "attention"])
+def test_a_model_may_write_into_what_a_step_gave(step: str) -> None:
+    layers = [make_layer(shape=shape) for shape in ((4, 6), (4, 6), (6, 4))]
+    x = double(2, 3, 4).requires_grad_()
+    make: dict[str, Callable[[], Tensor]] = {
+        "linears": lambda: fused.linears(EAGER, layers[:2], x)[1],
+        "swiglu": lambda: fused.swiglu(EAGER, *layers, x),
+        "rms_norm": lambda: fused.rms_norm(EAGER, x, norm_weight(4), 1e-6),
+    }
+    if step == "attention":  # it keeps its output, and says so
+        heads = x.view(2, 3, 2, 2)
+        y = fused.attention(EAGER, heads, heads, heads, 0.5)
+        y += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+        return
+    of = [x, *(trainable(*layers[:2]) if step == "linears" else trainable(*layers) if step == "swiglu" else [])]
+    apart = gradients(make[step]().square() + 1, of)
+    y = make[step]()
+    y = y.square_()
+    y += 1
+    close(gradients(y, of), apart, 1e-12)
+
+
+def test_an_output_of_attention_is_whole_in_memory_and_kept_once() -> None:
+    q, k, v = (torch.randn(2, 6, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    layer = make_layer(shape=(32, 5), dtype=torch.float32, rank=2)
+    with Kept(q, k, v, *layer.parameters()) as kept:
+        y = fused.attention(EAGER, q, k, v, 0.3)
+        out = fused.linears(EAGER, (layer,), y.reshape(2, 6, 32))
+    assert kept.bytes == 12 * (32 + 4 + 2) * FLOAT  # y, the sums of its rows, x Aᵀ
+    del y, out
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @OPS
 def test_no_tokens_give_no_outputs_and_gradients_of_zero(dropout: float, ops: Ops) -> None:
