@@ -247,7 +247,8 @@ def machine_sentence(machine: Mapping[str, Any]) -> str:
     rates = [rate for pair in machine.get("matmul_flops_per_second", {}).values() for rate in pair]
     lines = [
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads"
-        + (f" ({', '.join(machine['flags'])})" if machine["flags"] and not machine["gpu"] else ""),
+        + (f" ({', '.join(machine['flags'])})" if machine["flags"] and not machine["gpu"] else "")
+        + f", load {machine['load']:.1f} before",
         f"memory {machine['memory_bytes_per_second'] / 1e9:.1f} GB/s"
         + (f"; 2048³ in bfloat16 {min(rates) / 1e9:,.0f} to {max(rates) / 1e9:,.0f} GFLOP/s" if rates else ""),
         ", ".join(f"{name} {number}" for name, number in machine["versions"].items()),

@@ -9,6 +9,7 @@ over what the machine could have done in the time.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 import statistics
@@ -98,7 +99,10 @@ def versions() -> dict[str, str]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """{"cpu", "flags", "threads", "gpu", "gpu_bytes", "system", "versions", "date"}; gpu is None on a CPU."""
+    """{"cpu", "flags", "threads", "load", "gpu", "gpu_bytes", "system", "versions", "date"}; gpu is None on a CPU.
+
+    load: how many processes wanted the CPU in the minute before. Near nought, or the times are not this machine's.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -110,6 +114,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu": name[1] if name else platform.processor() or platform.machine(),
         "flags": [flag for flag in _FLAGS if flags and flag in flags[1].split()],
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "gpu": gpu.name if gpu else None,
         "gpu_bytes": gpu.total_memory if gpu else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -109,6 +109,7 @@ def test_one_command_compares_measures_and_writes(in_process: None, tmp_path: Pa
     assert rows["nf4_checkpointing", "lorafit full"]["recomputed_share"] >= 0.25
     assert rows["nf4_checkpointing", "lorafit selective"]["recomputed_share"] < 0.1
     assert rows["head_loss", "lorafit compile=off"]["compared_with"] == "transformers"
+    assert found["machine"]["load"] >= 0 and "load" in shown
     assert found["machine"]["cpu"] and found["machine"]["threads"] == torch.get_num_threads()
     assert all(rate > 1e8 for pair in found["machine"]["matmul_flops_per_second"].values() for rate in pair)
     assert "not installed" in shown and "unsloth is not installed here" in " ".join(shown.split())
