@@ -26,7 +26,7 @@ _SMALLEST = 1e-38  # what a block is divided by at least
 
 
 def quantize_blocks(weight: Tensor, block: int, code: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight of n elements as (codes [⌈n/2⌉] uint8, two in a byte and the first one high; scales [⌈n/block⌉] float32).
+    """n weights as (codes [⌈n/2⌉] uint8, two in a byte and the first one high; scales [⌈n/block⌉] float32).
 
     weight: contiguous, on the CPU, of 16 or 32 bits. block: an even number of weights. code: [16] float32, the values,
     in any order. The work is divided among as many threads as torch uses.
