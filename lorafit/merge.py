@@ -122,7 +122,9 @@ def open_for_merge(config: Config) -> Any:
         plain = dataclasses.replace(config, quant=None, model=dataclasses.replace(config.model, dtype="auto"))
         return load_base(config if quantized else plain)
 
-    return open_base(config.model.name, load_whole=load_whole, **model_options(config))
+    options = model_options(config)
+    del options["cache"]  # a merge needs the 16-bit weights as well
+    return open_base(config.model.name, load_whole=load_whole, **options)
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
