@@ -48,14 +48,17 @@ def _through(model: Any, run: Callable[..., Any]) -> None:
         raise InputError(
             f"{type(model).__name__} cannot compute its blocks again: choose model.checkpointing=none"
         ) from error
+    # transformers has the embeddings need a gradient, and then everything down to them is computed
+    model.disable_input_require_grads()
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = run
 
 
 _aten = torch.ops.aten
+_MATRICES = {_aten.mm.default, _aten.addmm.default}
 _PRODUCTS = {
-    *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
+    *(*_MATRICES, _aten.bmm.default, _aten.baddbmm.default),
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -64,7 +67,10 @@ _PRODUCTS = {
 
 
 def _policy(_: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    # the product with B sums over the rank alone: it costs little, and what it gives is as large as the base's output
+    thin = operation in _MATRICES and args[-2].shape[-1] * 8 < args[-1].shape[-1]
+    keep = operation in _PRODUCTS and not thin
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class HostCopies:

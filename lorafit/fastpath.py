@@ -68,6 +68,8 @@ class _FastAttention(_Fast):
         cached = options.get("past_key_values") is not None
         if args or cached or x is None or positions is None or not _ready(x, *projections):
             return super().forward(*args, **options)  # type: ignore[misc]
+        if positions[0].shape[-1] != self.head_dim:  # positions for a part of each head
+            return super().forward(*args, **options)  # type: ignore[misc]
         options = dict(options)
         mask = options.pop("attention_mask", None)
         for name in ("hidden_states", "position_embeddings", "past_key_values"):
@@ -78,7 +80,7 @@ class _FastAttention(_Fast):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (fused.rotate(self.fast_ops, each, *positions) for each in (q, k))
         options |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-        if _blockwise(self, q, options) and (lengths := _lengths(mask, q)) is not False:
+        if _blockwise(self, q, self.fast_options | options) and (lengths := _lengths(mask, q)) is not False:
             y = fused.attention(self.fast_ops, q, k, v, self.scaling, lengths)
             return self.o_proj(y.reshape(*shape, -1)), None
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -142,12 +144,15 @@ class _FastNorm(_Fast):
         y = fused.rms_norm(self.fast_ops, x, self.weight, eps)
         if self.fast_recompute and y.requires_grad:
             # whoever reads y may keep this instead of it: x is kept by the norm itself, and for the sum after the block
-            y.lorafit_normed = fused.Normed(x.detach(), self.weight, eps)  # type: ignore[attr-defined]
+            y.lorafit_normed = (y._version, fused.Normed(x.detach(), self.weight, eps))  # type: ignore[attr-defined]
         return y
 
 
 def _normed(x: Tensor) -> fused.Normed | None:
-    return getattr(x, "lorafit_normed", None)
+    if not hasattr(x, "lorafit_normed"):
+        return None
+    version, normed = x.lorafit_normed
+    return normed if x._version == version else None  # somebody has written into it since
 
 
 def _watched(module: nn.Module) -> bool:
@@ -168,7 +173,7 @@ def _ready(x: Tensor, *layers: Any) -> bool:
             base = layer.base_layer
             if any(_watched(part) for part in (base, layer.lora_A, layer.lora_B, layer.dropout)):
                 return False
-            if type(layer).update is not LoRALinear.update:
+            if type(layer) is not FastLoRALinear:  # it has reasons of its own to run as it is written down
                 return False
         elif type(layer) is not nn.Linear and not is_quantized(layer):
             return False
@@ -188,11 +193,13 @@ def take_fast_path(model: nn.Module, *, ops: Ops = EAGER, recompute: bool = Fals
     recompute: keep no norm and compute it again in the backward pass. What is chosen stays with the modules: an adapter
     that is detached takes its own along. Nothing is drawn from the random generators.
     """
+    leave_fast_path(model)
     found: dict[str, str] = {}
+    flowing = _flowing(model)
     tried: dict[Any, tuple[str | None, dict[str, Any]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            why = _why_plain(module)
+            why = _why_plain(module, flowing)
             found[name] = ALONE if why is None else PLAIN + why
             if why is None:
                 _become(module, FastLoRALinear, ops, recompute)
@@ -232,11 +239,21 @@ def recomputes(model: nn.Module) -> bool:
     return any(isinstance(module, _FastNorm) and module.fast_recompute for module in model.modules())
 
 
-def _why_plain(layer: LoRALinear) -> str | None:
-    """Why a LoRA layer cannot go in one step, if it cannot."""
+def _flowing(model: Any) -> torch.dtype | None:
+    """The dtype of what flows through a model, which is that of its embedding; None where there is none to ask."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return None if embedding is None else getattr(embedding, "dtype", embedding.weight.dtype)
+
+
+def _why_plain(layer: LoRALinear, flowing: torch.dtype | None) -> str | None:
+    """Why a LoRA layer cannot go in one step, if it cannot; flowing: the dtype in which its input comes."""
+    base = layer.base_layer
+    if flowing is not None and (dtype := compute_dtype(base, torch.empty((), dtype=flowing))) != flowing:
+        names = [str(each).removeprefix("torch.") for each in (dtype, flowing)]
+        return f"it multiplies in {names[0]} what comes in {names[1]}"
     if not is_quantized(layer.base_layer) and not multiplies_only(layer.base_layer):
         return f"{type(layer.base_layer).__name__} computes more than x Wᵀ + b"
-    if type(layer) not in (LoRALinear, FastLoRALinear):
+    if type(layer) is not LoRALinear:
         return f"{type(layer).__name__} has a forward of its own"
     return None
 
@@ -271,40 +288,56 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
     return tuple(sorted(map(repr, (values | children).items())))
 
 
-def _try(module: Any, mixin: type, probe: Callable[[Any], Any]) -> tuple[str | None, dict[str, Any]]:
+def _try(module: Any, mixin: type, probe: Callable[[Any, float], Any]) -> tuple[str | None, dict[str, Any]]:
     """(None when the fast forward of a module gives what its own gives, else what is different; what the module's own
-    forward tells its attention function)."""
+    forward tells its attention function).
+
+    It is tried in evaluation on small numbers, and in training on large ones: some clip, and some drop out.
+    """
     own, options = type(module), {}
     try:
         with _still(module), torch.enable_grad():  # without gradients no module takes it
-            inputs = probe(module)
-            if inputs is None:
-                return "another layout", {}
-            with _overheard(module) as heard:
-                expected = module(*inputs[0], **inputs[1])
-            calls = list(heard)
-            if calls:
-                options = {key: value for key, value in calls[0][1].items() if key not in ("dropout", "scaling")}
-                if len(calls) > 1 or not all(isinstance(value, _PLAIN) for value in options.values()):
-                    return "its attention is told more than numbers", {}
-            _become(module, mixin, EAGER, False, options)
-            try:
-                with _overheard(module) as heard:
-                    got = module(*inputs[0], **inputs[1])
-            finally:
-                _become_again(module, own)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            for training, size in ((False, 1.0), (True, 30.0)):
+                inputs = probe(module, size)
+                if inputs is None:
+                    return "another layout", {}
+                _set_training(module, training)
+                with _overheard(module) as calls:
+                    expected = module(*inputs[0], **inputs[1])
+                if calls:
+                    options = {key: value for key, value in calls[0][1].items() if key not in ("dropout", "scaling")}
+                    if len(calls) > 1 or not all(isinstance(value, _PLAIN) for value in options.values()):
+                        return "its attention is told more than numbers", {}
+                _become(module, mixin, EAGER, False, options)
+                try:
+                    with _overheard(module) as heard:
+                        got = module(*inputs[0], **inputs[1])
+                finally:
+                    _become_again(module, own)
+                if calls and (len(heard) != 1 or heard[0][1] != calls[0][1]):
+                    return "its attention is told something else", {}
+                pairs = [*zip(calls[0][0], heard[0][0], strict=True)] if calls else []
+                pairs.append(tuple(value[0] if isinstance(value, tuple) else value for value in (expected, got)))
+                if not all(_close(*pair) for pair in pairs):
+                    return "another result", {}
+    except Exception as error:  # whatever a module brings about that wants to be called in another way
         return f"{type(error).__name__}: {error}", {}
-    if calls and (len(heard) != 1 or heard[0][1] != calls[0][1]):
-        return "its attention is told something else", {}
-    pairs = [*zip(calls[0][0], heard[0][0], strict=True)] if calls else []
-    first, second = (value[0] if isinstance(value, tuple) else value for value in (expected, got))
-    return (None if all(_close(*pair) for pair in [*pairs, (first, second)]) else "another result"), options
+    return None, options
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    """What the module itself does in training; its LoRA layers drop nothing, whose dropout is known."""
+    module.train(training)
+    for part in module.modules():
+        if isinstance(part, LoRALinear):
+            part.eval()
 
 
 def _close(first: Any, second: Any) -> bool:
     if first is None or second is None:
         return first is second
+    if not first.is_floating_point():  # a mask
+        return torch.equal(first, second)
     tolerance = 4 * torch.finfo(first.dtype).eps
     first, second = first.detach().double(), second.detach().double()
     close = torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(first.abs().max()))
@@ -324,7 +357,7 @@ def _overheard(module: Any) -> Iterator[list[tuple[list[Any], dict[str, Any]]]]:
 
     def listen(of: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
         calls.append(([q, k, v, mask], options))
-        return attend(of, q, k, v, mask, **options)
+        return attend(of, q, k, v, mask, **(options | {"dropout": 0.0}))  # it was told of it: that is what counts
 
     ALL_ATTENTION_FUNCTIONS[name] = listen
     try:
@@ -335,20 +368,21 @@ def _overheard(module: Any) -> Iterator[list[tuple[list[Any], dict[str, Any]]]]:
 
 @contextlib.contextmanager
 def _still(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and the mode of each part afterwards."""
+    """The mode of each part and the state of the generators are afterwards what they were."""
     modes = {part: part.training for part in module.modules()}
+    devices = {parameter.device.index for parameter in module.parameters() if parameter.device.type == "cuda"}
     try:
-        module.eval()
-        yield
+        with torch.random.fork_rng([index for index in devices if index is not None]):
+            yield
     finally:
         for part, mode in modes.items():
             part.training = mode
 
 
-def _wave(*shape: int, like: Tensor) -> Tensor:
-    """Numbers of both signs that are no pattern, drawn from no generator."""
+def _wave(*shape: int, size: float, like: Tensor) -> Tensor:
+    """Numbers of both signs up to a size that are no pattern, drawn from no generator."""
     count = torch.Size(shape).numel()
-    values = torch.sin(torch.arange(count, dtype=torch.float32) ** 1.3)
+    values = size * torch.sin(torch.arange(count, dtype=torch.float32) ** 1.3)
     dtype = like.dtype if like.is_floating_point() else torch.bfloat16
     return values.view(shape).to(device=like.device, dtype=dtype)
 
@@ -358,21 +392,30 @@ def _width(layer: Any) -> tuple[int, Tensor]:
     return int(base.in_features), torch.empty((), dtype=compute_dtype(base, base.weight), device=base.weight.device)
 
 
-def _attention_probe(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _attention_probe(module: Any, size: float) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     if not all(is_linear(child) or isinstance(child, LoRALinear) for child in (getattr(module, n) for n in names)):
         return None
     if module.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:  # eager attention is each model's own
         return None
+    rotary = getattr(module.config, "rope_parameters", None) or {}
+    if rotary.get("partial_rotary_factor", getattr(module.config, "partial_rotary_factor", None)) not in (None, 1.0):
+        return None
     width, like = _width(module.q_proj)
+    x = _wave(1, 5, width, size=size, like=like)
+    if not _ready(x, module.q_proj, module.k_proj, module.v_proj):
+        return None
     angles = torch.arange(5, dtype=torch.float32).unsqueeze(1) * torch.linspace(1, 0.1, module.head_dim // 2)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(0).to(like.device)
     positions = (angles.cos().to(like.dtype), angles.sin().to(like.dtype))
-    x = _wave(1, 5, width, like=like)
-    return (), {"hidden_states": x, "position_embeddings": positions, "attention_mask": None}
+    mask = None
+    if size > 1 and module.config._attn_implementation == "sdpa":  # some do something with it
+        mask = torch.ones(1, 1, 5, 5, dtype=torch.bool, device=like.device).tril()
+        mask[..., 3:, 1] = False
+    return (), {"hidden_states": x, "position_embeddings": positions, "attention_mask": mask}
 
 
-def _swiglu_probe(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _swiglu_probe(module: Any, size: float) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     layers = (module.gate_proj, module.up_proj, module.down_proj)
     if not all(is_linear(layer) or isinstance(layer, LoRALinear) for layer in layers):
         return None
@@ -380,17 +423,18 @@ def _swiglu_probe(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not torch.allclose(module.act_fn(numbers), nn.functional.silu(numbers)):
         return None
     width, like = _width(module.gate_proj)
-    return (_wave(1, 5, width, like=like),), {}
+    x = _wave(1, 5, width, size=size, like=like)
+    return ((x,), {}) if _ready(x, *layers) else None
 
 
-def _norm_probe(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _norm_probe(module: Any, size: float) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not isinstance(module.weight, nn.Parameter) or module.weight.dim() != 1 or module.weight.requires_grad:
         return None
-    return (_wave(3, module.weight.numel(), like=module.weight),), {}
+    return (_wave(3, module.weight.numel(), size=size, like=module.weight),), {}
 
 
 # (the class that gives the forward, the children or attributes it needs, how its LoRA layers are reported, the input)
-_KINDS: tuple[tuple[type, tuple[str, ...], str | None, Callable[[Any], Any]], ...] = (
+_KINDS: tuple[tuple[type, tuple[str, ...], str | None, Callable[[Any, float], Any]], ...] = (
     (_FastNorm, ("weight", "variance_epsilon"), None, _norm_probe),
     (_FastAttention, ("q_proj", "k_proj", "v_proj", "head_dim", "scaling", "config"), TOGETHER, _attention_probe),
     (_FastSwiGLU, ("gate_proj", "up_proj", "down_proj", "act_fn"), BLOCK, _swiglu_probe),

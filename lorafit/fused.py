@@ -164,6 +164,11 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def shaped(Y: Tensor, x: Tensor) -> Tensor:
+    """Y [tokens, out] in the shape of x, and to autograd no view: a model may write into outputs, as Falcon does."""
+    return torch.ops.aten._unsafe_view.default(Y, [*x.shape[:-1], Y.shape[-1]])
+
+
 class _Linears(torch.autograd.Function):
     """Linear layers that read one input."""
 
@@ -180,7 +185,8 @@ class _Linears(torch.autograd.Function):
         kept = (x, None) if normed is None else (normed.x, normed.weight)
         ctx.save_for_backward(*kept, us, *factors, *masks)
         ctx.ops, ctx.members, ctx.eps = ops, members, None if normed is None else normed.eps
-        return tuple(Y.view(*x.shape[:-1], Y.shape[-1]) for Y in outputs)
+        ctx.set_materialize_grads(False)  # an output that nobody uses has no gradient, rather than one of zeros
+        return tuple(shaped(Y, x) for Y in outputs)
 
     @staticmethod
     @once_differentiable
@@ -217,7 +223,7 @@ class _SwiGLU(torch.autograd.Function):
         kept = (x, None) if normed is None else (normed.x, normed.weight)
         ctx.save_for_backward(*kept, gate, up, us, us_h, *factors, *masks, *masks_h)
         ctx.ops, ctx.members, ctx.eps = ops, members, None if normed is None else normed.eps
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return shaped(out, x)
 
     @staticmethod
     @once_differentiable
@@ -265,7 +271,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, ops: Ops, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ops, ctx.eps = ops, eps
-        return ops.rms_norm(rows(x), weight, eps).view(x.shape)
+        return shaped(ops.rms_norm(rows(x), weight, eps), x)
 
     @staticmethod
     @once_differentiable
@@ -327,7 +333,7 @@ class _Attention(torch.autograd.Function):
             seen = None if kinds is None else kinds[some]
             weights, log_sums[some, :, first:end] = ops.attend(scores.view(*few.shape[:3], end), first, scale, seen)
             Y[some, :, first:end] = torch.bmm(weights.view(few.shape[0], -1, end), V[some, :end]).view(few.shape)
-        y = _by_place(Y, batch)
+        y = _by_place(Y, batch).contiguous()  # the layer after it keeps this one too, and not a copy
         ctx.save_for_backward(q, k, v, y, log_sums, kinds)
         ctx.ops, ctx.scale = ops, scale
         return y
