@@ -389,7 +389,7 @@ def as_memory_error(error: Exception, metrics: dict[str, Any]) -> MemoryExhauste
     return MemoryExhausted(
         f"out of memory ({reason(error)}).{held} "
         "These lower it: data.batch_size (with trainer.accumulate_grad_batches raised alike), data.max_length, "
-        "model.checkpointing=full, quant=nf4"
+        "model.checkpointing=selective or full, quant=nf4"
     )
 
 
