@@ -300,6 +300,8 @@ class _Rotate(torch.autograd.Function):
 # What a core's cache holds of the scores of a few heads: numbers in the block that is worked on.
 SCORES = 512 * 1024
 QUERIES = 128
+# Scores from which on bfloat16 is too coarse for them: its steps are 1/16 between 8 and 16.
+LARGE = 10.0
 
 
 def _head_blocks(q: Tensor) -> Iterator[tuple[slice, int, int]]:
@@ -317,58 +319,83 @@ class _Attention(torch.autograd.Function):
 
     For the CPU, where the products of a block in bfloat16 and a softmax in the cache are twice as fast as the kernel
     that comes with PyTorch. Queries of one key head are the rows of one product.
+
+    What such a product gives is rounded to bfloat16, which a softmax feels where scores are large. So the mean of the
+    keys is taken off them first, which changes every score of a query alike and no weight (arXiv:2410.02367, section
+    4.2), and where scores are large all the same, above LARGE, the whole is done in float32. Gradients of keys and
+    values are added up in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, ops: Ops, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
-        batch, length, heads, _ = q.shape
-        Q, K, V = _by_head(q, k), _by_head(k, k)[:, 0], _by_head(v, k)[:, 0]
-        n, groups, _, width = Q.shape
-        kinds = None if lengths is None else lengths.repeat_interleave(k.shape[2])
-        Y = torch.empty_like(Q)
-        log_sums = torch.empty(Q.shape[:3], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
-        for some, first, end in _head_blocks(Q):
-            few = Q[some, :, first:end]
-            scores = torch.bmm(few.reshape(few.shape[0], -1, width), K[some, :end].transpose(1, 2))
-            seen = None if kinds is None else kinds[some]
-            weights, log_sums[some, :, first:end] = ops.attend(scores.view(*few.shape[:3], end), first, scale, seen)
-            Y[some, :, first:end] = torch.bmm(weights.view(few.shape[0], -1, end), V[some, :end]).view(few.shape)
-        y = _by_place(Y, batch).contiguous()  # the layer after it keeps this one too, and not a copy
-        ctx.save_for_backward(q, k, v, y, log_sums, kinds)
-        ctx.ops, ctx.scale = ops, scale
+        batch = q.shape[0]
+        seen = None if lengths is None else lengths.repeat_interleave(k.shape[2])
+        Y, log_sums = _attend_by_blocks(ops, *_heads(q, k, v), scale, seen)
+        exact = q.dtype.itemsize > 2 or bool(log_sums.abs().amax() <= LARGE)
+        if not exact:
+            Y, log_sums = _attend_by_blocks(ops, *_heads(wide(q), wide(k), wide(v)), scale, seen)
+        # the layer after it keeps this one too, and not a copy
+        y = _by_place(Y.to(q.dtype), batch).contiguous()
+        ctx.save_for_backward(q, k, v, y, log_sums, seen)
+        ctx.ops, ctx.scale, ctx.exact = ops, scale, exact
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        q, k, v, y, log_sums, kinds = ctx.saved_tensors
-        batch = q.shape[0]
-        Q, K, V = _by_head(q, k), _by_head(k, k)[:, 0], _by_head(v, k)[:, 0]
-        dY = _by_head(dy, k)
+        q, k, v, y, log_sums, seen = ctx.saved_tensors
+        batch, ops = q.shape[0], ctx.ops
+        if ctx.exact:
+            Q, K, V, dY = (*_heads(q, k, v), _by_head(dy, k))
+        else:
+            Q, K, V, dY = (*_heads(wide(q), wide(k), wide(v)), _by_head(wide(dy), k))
         delta = _by_head((wide(dy) * wide(y)).sum(-1, keepdim=True), k).squeeze(-1)
         width = Q.shape[-1]
-        dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+        dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(wide(K)), torch.zeros_like(wide(V))
         for some, first, end in _head_blocks(Q):
             few, d_few = (each[some, :, first:end] for each in (Q, dY))
-            shape, rows_ = few.shape, (few.shape[0], -1, width)
-            few, d_few = few.reshape(rows_), d_few.reshape(rows_)
+            shape = few.shape
+            few, d_few = few.reshape(shape[0], -1, width), d_few.reshape(shape[0], -1, width)
             keys, values = K[some, :end], V[some, :end]
             scores = torch.bmm(few, keys.transpose(1, 2)).view(*shape[:3], end)
             d_weights = torch.bmm(d_few, values.transpose(1, 2)).view(*shape[:3], end)
-            weights, d_scores = ctx.ops.attend_backward(
+            weights, d_scores = ops.attend_backward(
                 scores,
                 d_weights,
                 log_sums[some, :, first:end],
                 delta[some, :, first:end],
                 first,
                 ctx.scale,
-                None if kinds is None else kinds[some],
+                None if seen is None else seen[some],
             )
             weights, d_scores = weights.view(shape[0], -1, end), d_scores.view(shape[0], -1, end)
             dV[some, :end] += torch.bmm(weights.transpose(1, 2), d_few)
             dK[some, :end] += torch.bmm(d_scores.transpose(1, 2), few)
             dQ[some, :, first:end] = torch.bmm(d_scores, keys).view(shape)
-        return None, _by_place(dQ, batch), _by_place(dK[:, None], batch), _by_place(dV[:, None], batch), None, None
+        dq, dk, dv = (_by_place(each.to(q.dtype), batch) for each in (dQ, dK[:, None], dV[:, None]))
+        return None, dq, dk, dv, None, None
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys without their mean over the places, and values, by head."""
+    K = _by_head(k, k)[:, 0]
+    K = (wide(K) - wide(K).mean(1, keepdim=True)).to(k.dtype)
+    return _by_head(q, k), K, _by_head(v, k)[:, 0]
+
+
+def _attend_by_blocks(
+    ops: Ops, Q: Tensor, K: Tensor, V: Tensor, scale: float, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(the output by head, the logarithms of the sums of the softmax); seen: how many keys there are for each head."""
+    Y = torch.empty_like(Q)
+    log_sums = torch.empty(Q.shape[:3], device=Q.device, dtype=torch.promote_types(Q.dtype, torch.float32))
+    for some, first, end in _head_blocks(Q):
+        few = Q[some, :, first:end]
+        scores = torch.bmm(few.reshape(few.shape[0], -1, Q.shape[-1]), K[some, :end].transpose(1, 2))
+        scores = scores.view(*few.shape[:3], end)
+        weights, log_sums[some, :, first:end] = ops.attend(scores, first, scale, None if seen is None else seen[some])
+        Y[some, :, first:end] = torch.bmm(weights.view(few.shape[0], -1, end), V[some, :end]).view(few.shape)
+    return Y, log_sums
 
 
 def _by_head(x: Tensor, k: Tensor) -> Tensor:
