@@ -21,6 +21,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,14 +85,14 @@ def entry_of(paths: Sequence[Path], model: Any, quant: Quantization, device: tor
 
 
 def _file(path: Path) -> list[Any]:
-    """A file's name, size, time and the hash of a sample of it: its head, and runs of bytes throughout."""
+    """A file's name, size, times and the hash of a sample of it: its head, and runs of bytes throughout."""
     status = path.stat()
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         for number in range(_SAMPLES + 1):
             file.seek(max(0, status.st_size - _SAMPLE) * number // _SAMPLES)
             digest.update(file.read(_SAMPLE))
-    return [path.name, status.st_size, status.st_mtime_ns, digest.hexdigest()]
+    return [path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest.hexdigest()]
 
 
 class QuantizedCopy:
@@ -183,12 +184,18 @@ def write_copy(entry: Entry, model: nn.Module, report: BaseReport) -> None:
         try:
             write_file(draft / _FILE, planned, metadata)
             shutil.rmtree(entry.folder, ignore_errors=True)  # what is there could not be read
-            os.rename(draft, entry.folder)
+            try:
+                os.rename(draft, entry.folder)
+            except OSError:
+                if not (entry.folder / _FILE).is_file():  # another process was first, and its copy is as good
+                    raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        _forget_oldest(parent, keep=entry.folder)
     except OSError as error:
         log.warning("no quantized copy is kept in %s: %s", parent, error)
+        return
+    with contextlib.suppress(OSError):  # another process may be tidying up as well
+        _forget_oldest(parent, keep=entry.folder)
 
 
 def _there(tensor: Tensor) -> Planned:
@@ -201,7 +208,11 @@ def _sum(tensor: Tensor) -> int:
 
 
 def _forget_oldest(folder: Path, keep: Path) -> None:
-    entries = [path for path in folder.iterdir() if path.is_dir()]  # drafts of a process that was killed are among them
+    entries = [path for path in folder.iterdir() if path.is_dir()]
+    for path in entries:  # the draft of a process that was killed
+        if path.name.startswith(".draft-") and time.time() - path.stat().st_mtime > 3600:
+            shutil.rmtree(path, ignore_errors=True)
+    entries = [path for path in entries if path.is_dir()]
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
     total = sum(sizes.values())
     for path in sorted(entries, key=lambda entry: entry.stat().st_mtime):

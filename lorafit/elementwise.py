@@ -57,6 +57,13 @@ class Ops:
     attend_backward: Callable[[Tensor, Tensor, Tensor, Tensor, int, float, Tensor | None], tuple[Tensor, Tensor]]
     cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+    def __reduce__(self) -> Any:
+        return _named, (self.name,)  # what is compiled is compiled anew where a copy is opened
+
+
+def _named(name: str) -> Ops:
+    return compiled() if name == "compiled" else liger() if name == "liger" else EAGER
+
 
 def wide(x: Tensor) -> Tensor:
     """x in float32, or as it is where that is wider."""

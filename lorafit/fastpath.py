@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lorafit import fused
 from lorafit.elementwise import EAGER, Ops
 from lorafit.lora import LoRALinear
-from lorafit.quant import compute_dtype, is_linear, is_quantized, multiplies_only
+from lorafit.quant import compute_dtype, is_linear, is_quantized, multiplies_only, plain_dtype
 
 TOGETHER = "q/k/v together"
 BLOCK = "SwiGLU block"
@@ -45,6 +46,13 @@ class _Fast:
     fast_ops: Ops
     fast_recompute: bool
     fast_options: dict[str, Any]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles: the class is made when it is needed, and has no place in a module to be found at."""
+        if isinstance(self, FastLoRALinear):
+            return super().__reduce_ex__(protocol)
+        mixin, own = type(self).__bases__
+        return _new, (mixin, own), vars(self)
 
 
 class FastLoRALinear(_Fast, LoRALinear):
@@ -122,7 +130,7 @@ class _FastSwiGLU(_Fast):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if not _ready(x, *layers):
+        if not _ready(x, *layers) or (isinstance(self.act_fn, nn.Module) and _watched(self.act_fn)):
             return super().forward(x)  # type: ignore[misc]
         return fused.swiglu(self.fast_ops, *layers, x, _normed(x))
 
@@ -157,7 +165,8 @@ def _normed(x: Tensor) -> fused.Normed | None:
 
 def _watched(module: nn.Module) -> bool:
     """Whether somebody waits for the module's calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)  # or has put another forward in the place of its own
 
 
 def _ready(x: Tensor, *layers: Any) -> bool:
@@ -213,9 +222,9 @@ def take_fast_path(model: nn.Module, *, ops: Ops = EAGER, recompute: bool = Fals
             why, options = tried[key]
             if why is None:
                 _become(module, mixin, ops, recompute, options)
-                for layer in (f"{name}.{each}" for each in needed):
-                    if path and found.get(layer) == ALONE:
-                        found[layer] = path
+            for layer in (f"{name}.{each}" for each in needed):
+                if path and found.get(layer) == ALONE:
+                    found[layer] = path if why is None else f"{ALONE} ({type(module).__name__}: {why[:60]})"
     return found
 
 
@@ -268,12 +277,21 @@ def _become(module: Any, mixin: type, ops: Ops, recompute: bool, options: dict[s
     if issubclass(mixin, LoRALinear):
         module.__class__ = mixin
     elif not isinstance(module, mixin):
-        key = (mixin, own)
-        if key not in _CLASSES:
-            # its name and place are those of the class it stands for: models look at them
-            _CLASSES[key] = type(own.__name__, (mixin, own), {"__module__": own.__module__})
-        module.__class__ = _CLASSES[key]
+        module.__class__ = _fast_class(mixin, own)
     module.fast_ops, module.fast_recompute, module.fast_options = ops, recompute, dict(options or {})
+
+
+def _fast_class(mixin: type, own: type) -> type:
+    """The subclass of a module's class that has the fast forward of `mixin`, one for each."""
+    key = (mixin, own)
+    if key not in _CLASSES:
+        # its name and place are those of the class it stands for: models look at them
+        _CLASSES[key] = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+    return _CLASSES[key]
+
+
+def _new(mixin: type, own: type) -> Any:
+    return object.__new__(_fast_class(mixin, own))
 
 
 def _become_again(module: Any, own: type) -> None:
@@ -305,18 +323,20 @@ def _try(module: Any, mixin: type, probe: Callable[[Any, float], Any]) -> tuple[
                 with _overheard(module) as calls:
                     expected = module(*inputs[0], **inputs[1])
                 if calls:
-                    options = {key: value for key, value in calls[0][1].items() if key not in ("dropout", "scaling")}
+                    told = calls[0].told
+                    options = {key: value for key, value in told.items() if key not in ("dropout", "scaling")}
                     if len(calls) > 1 or not all(isinstance(value, _PLAIN) for value in options.values()):
                         return "its attention is told more than numbers", {}
                 _become(module, mixin, EAGER, False, options)
                 try:
-                    with _overheard(module) as heard:
+                    # the same answer to both: a softmax of large scores makes much of the last bit of a query
+                    with _overheard(module, calls[0].answer if calls else None) as heard:
                         got = module(*inputs[0], **inputs[1])
                 finally:
                     _become_again(module, own)
-                if calls and (len(heard) != 1 or heard[0][1] != calls[0][1]):
+                if calls and (len(heard) != 1 or heard[0].told != calls[0].told):
                     return "its attention is told something else", {}
-                pairs = [*zip(calls[0][0], heard[0][0], strict=True)] if calls else []
+                pairs = [*zip(calls[0].asked, heard[0].asked, strict=True)] if calls else []
                 pairs.append(tuple(value[0] if isinstance(value, tuple) else value for value in (expected, got)))
                 if not all(_close(*pair) for pair in pairs):
                     return "another result", {}
@@ -344,20 +364,31 @@ def _close(first: Any, second: Any) -> bool:
     return close and bool(torch.isfinite(first).all())
 
 
+@dataclass
+class _Call:
+    """A call of an attention function: queries, keys, values and mask; what else it was told; what it gave back."""
+
+    asked: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    told: dict[str, Any]
+    answer: Any
+
+
 @contextlib.contextmanager
-def _overheard(module: Any) -> Iterator[list[tuple[list[Any], dict[str, Any]]]]:
-    """Within the context: what the attention function of a module is called with, (queries, keys, values, mask) and the
-    rest. Empty for modules that are no attention."""
-    calls: list[tuple[list[Any], dict[str, Any]]] = []
+def _overheard(module: Any, answer: Any = None) -> Iterator[list[_Call]]:
+    """Within the context: the calls of the attention function of a module, which gives `answer` where that is given.
+    None for modules that are no attention."""
+    calls: list[_Call] = []
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if name not in ALL_ATTENTION_FUNCTIONS:
         yield calls
         return
     attend = ALL_ATTENTION_FUNCTIONS[name]
 
-    def listen(of: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
-        calls.append(([q, k, v, mask], options))
-        return attend(of, q, k, v, mask, **(options | {"dropout": 0.0}))  # it was told of it: that is what counts
+    def listen(of: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **told: Any) -> Any:
+        # nothing is dropped here: that it was told to is what counts
+        given = attend(of, q, k, v, mask, **(told | {"dropout": 0.0})) if answer is None else answer
+        calls.append(_Call((q, k, v, mask), told, given))
+        return given
 
     ALL_ATTENTION_FUNCTIONS[name] = listen
     try:
@@ -383,13 +414,13 @@ def _wave(*shape: int, size: float, like: Tensor) -> Tensor:
     """Numbers of both signs up to a size that are no pattern, drawn from no generator."""
     count = torch.Size(shape).numel()
     values = size * torch.sin(torch.arange(count, dtype=torch.float32) ** 1.3)
-    dtype = like.dtype if like.is_floating_point() else torch.bfloat16
-    return values.view(shape).to(device=like.device, dtype=dtype)
+    return values.view(shape).to(device=like.device, dtype=like.dtype)
 
 
 def _width(layer: Any) -> tuple[int, Tensor]:
     base = layer.base_layer if isinstance(layer, LoRALinear) else layer
-    return int(base.in_features), torch.empty((), dtype=compute_dtype(base, base.weight), device=base.weight.device)
+    dtype = compute_dtype(base, torch.empty((), dtype=plain_dtype(base)))
+    return int(base.in_features), torch.empty((), dtype=dtype, device=base.weight.device)
 
 
 def _attention_probe(module: Any, size: float) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -32,7 +32,7 @@ from lorafit.checkpointing import CHECKPOINTING, keep_products, recompute_blocks
 from lorafit.data.loader import Batch
 from lorafit.elementwise import EAGER, WORTH_COMPILING, ops_without_compiling, require_compiled
 from lorafit.errors import InputError, did_you_mean
-from lorafit.fastpath import PLAIN, leave_fast_path, recomputes, take_fast_path, use_ops
+from lorafit.fastpath import BLOCK, PLAIN, leave_fast_path, recomputes, take_fast_path, use_ops
 from lorafit.inject import (
     count_parameters,
     inject_lora,
@@ -195,6 +195,8 @@ class FinetuneModule(L.LightningModule):
     def _choose_paths(self, model: nn.Module) -> None:
         """Give the layers their fast path, and say what is kept for the backward pass."""
         h, device = self.options, next(model.parameters()).device
+        if device.type == "cpu" and getattr(model.config, "_attn_implementation", None) == "flex_attention":
+            raise InputError("model.attention=flex_attention cannot be trained on a CPU: choose sdpa")
         self.ops = require_compiled(device) if h.compile == "on" else ops_without_compiling(device)
         if h.fused == "auto":
             self.paths = take_fast_path(model, ops=self.ops, recompute=h.checkpointing == "selective")
@@ -202,7 +204,7 @@ class FinetuneModule(L.LightningModule):
             self.paths = dict.fromkeys(lora_layers(model), f"{PLAIN}fused=off")
         if h.checkpointing in ("full", "offload"):
             recompute_blocks(model, offload=h.checkpointing == "offload")
-        elif h.checkpointing == "selective" and not recomputes(model):
+        elif h.checkpointing == "selective" and not (recomputes(model) and BLOCK in self.paths.values()):
             # blocks that are not on the fast path as a whole: the products are kept by PyTorch's own means, which do
             # not take steps that write in place
             leave_fast_path(model)
@@ -212,7 +214,8 @@ class FinetuneModule(L.LightningModule):
     def decide_compilation(self, tokens: int) -> str:
         """Whether to compile for a run over so many tokens; gives the reason. compile="on" and "off" have decided.
 
-        It is decided by the work that the run is, not by a clock, so that a run that is resumed decides alike.
+        It is decided by the work that the run is, not by a clock, so that a run that is resumed decides alike; one that
+        is made longer as well may decide otherwise.
         """
         assert self.model is not None
         choice = self.options.compile

@@ -49,6 +49,11 @@ class Model:
     cache: bool = MISSING
     trust_remote_code: bool = MISSING
 
+    def __post_init__(self) -> None:
+        # in YAML an off or on without quotation marks is a truth value
+        self.fused = {"False": "off", "True": "auto"}.get(self.fused, self.fused)
+        self.compile = {"False": "off", "True": "on"}.get(self.compile, self.compile)
+
 
 @dataclass
 class Task:

@@ -152,9 +152,14 @@ def same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
         assert float((gradient - others[name]).abs().max()) <= bound, name
 
 
+def kinds(paths: dict[str, str]) -> dict[str, str]:
+    """The paths without why the layers of a module are not taken together."""
+    return {name: ALONE if path.startswith(ALONE) else path for name, path in paths.items()}
+
+
 def fast_and_plain(model: Any, **options: Any) -> tuple[Any, Any, dict[str, str]]:
     fast = copy.deepcopy(model)
-    return fast, model, take_fast_path(fast, **options)
+    return fast, model, kinds(take_fast_path(fast, **options))
 
 
 @contextlib.contextmanager
@@ -198,7 +203,7 @@ def test_logits_and_gradients_are_those_of_the_plain_path(family: str, recompute
 @pytest.mark.parametrize("family", [*CAUSAL, *STRANGE])
 def test_what_is_said_of_a_layer_is_how_it_runs(family: str) -> None:
     model = adapted(model_of(family))
-    paths = take_fast_path(model)
+    paths = kinds(take_fast_path(model))
     found = taken(model)
     assert paths.keys() == lora_layers(model).keys()
     for name, path in paths.items():
@@ -208,7 +213,8 @@ def test_what_is_said_of_a_layer_is_how_it_runs(family: str) -> None:
 
 def test_the_paths_of_known_families_are_known() -> None:
     def paths(family: str) -> dict[str, str]:
-        return {name.rpartition(".")[2]: path for name, path in take_fast_path(adapted(model_of(family))).items()}
+        found = kinds(take_fast_path(adapted(model_of(family))))
+        return {name.rpartition(".")[2]: path for name, path in found.items()}
 
     qkv, mlp = dict.fromkeys(("q_proj", "k_proj", "v_proj"), TOGETHER), ("gate_proj", "up_proj", "down_proj")
     for family in ("llama", "mistral", "qwen3"):
@@ -861,3 +867,82 @@ def test_in_16_bits_the_gradient_is_no_further_from_the_exact_one_than_pefts(
     paths = take_fast_path(model, ops=ops, recompute=recompute)
     assert set(paths.values()) == {TOGETHER, ALONE, BLOCK}
     assert total_error(trained_on(model), exact) <= 1.1 * error_of_peft
+
+
+# ------------------------------------------------------------------------------------------------ what was found once
+
+
+@pytest.mark.parametrize("family", ["cohere", "helium"])
+@pytest.mark.parametrize("quant", ["int8", "nf4"])
+def test_positions_that_turn_neighbours_against_each_other_are_told_apart_over_any_base(
+    family: str, quant: str
+) -> None:
+    model = adapted(model_of(family, hidden_size=64, head_dim=16), quant)
+    fast, plain, paths = fast_and_plain(model)
+    assert TOGETHER not in paths.values()
+    same(step(fast, {}), step(plain, {}), 1e-4)
+
+
+def test_why_layers_are_not_taken_together_is_said() -> None:
+    paths = take_fast_path(adapted(model_of("cohere")))
+    assert paths["model.layers.0.self_attn.q_proj"] == f"{ALONE} (CohereAttention: another result)"
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+def test_large_scores_do_not_decide_whether_an_attention_is_taken(quant: str) -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3))
+    for parameter in model.parameters():
+        parameter.data *= 8 if parameter.dim() == 2 else 1
+    model = model.bfloat16()
+    kind = Quantization.of(quant)
+    assert kind is not None
+    quantize_model(model, kind, torch.device("cpu"), BaseReport("test", kind))
+    inject_lora(model, rank=4, alpha=8)
+    paths = take_fast_path(model)
+    assert {path for name, path in paths.items() if "q_proj" in name} == {TOGETHER}
+
+
+@pytest.mark.parametrize("place", ["self_attn.q_proj.base_layer", "mlp.up_proj.base_layer", "mlp.act_fn"])
+def test_a_forward_that_somebody_put_in_the_place_of_a_modules_own_is_called(place: str) -> None:
+    model = adapted(model_of("llama"))
+    take_fast_path(model)
+    module, calls = model.get_submodule(f"model.layers.0.{place}"), []
+    own = module.forward
+    module.forward = lambda x: calls.append(1) or own(x)
+    model(input_ids=IDS)
+    assert calls == [1]
+
+
+def test_a_model_on_the_fast_path_can_be_pickled(tmp_path: Path) -> None:
+    model = adapted(model_of("llama"))
+    take_fast_path(model, recompute=True)
+    torch.save(model, tmp_path / "model.pt")
+    opened = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert taken(opened).values() and list(taken(opened).values()) == list(taken(model).values())
+    same(step(opened, {}), step(model, {}), 0.0)
+
+
+@pytest.mark.parametrize(("size", "offset"), [(1.0, 0.0), (4.0, 0.0), (16.0, 0.0), (1.0, 5.0)])
+def test_attention_in_16_bits_is_about_as_exact_as_pytorchs(size: float, offset: float) -> None:
+    """Scores of a hundred and more, and keys that have much in common, as real models have them."""
+    torch.manual_seed(0)
+    q, k, v, dy = (torch.randn(1, 256, 4, 64) for _ in range(4))
+    inputs = [each.bfloat16() for each in (q * size, k + offset * torch.randn(1, 1, 4, 64), v)]
+
+    def run(dtype: torch.dtype, attend: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [each.to(dtype).clone().requires_grad_() for each in inputs]
+        y = attend(*leaves)
+        y.backward(dy.bfloat16().to(dtype))
+        return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    def stock(*each: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in each), is_causal=True).transpose(1, 2)
+
+    exact = run(torch.float64, stock)
+    theirs, ours = (
+        run(torch.bfloat16, stock),
+        run(torch.bfloat16, lambda q, k, v: fused.attention(EAGER, q, k, v, 0.125)),
+    )
+    for found, other, right in zip(ours, theirs, exact, strict=True):
+        error, bound = ((each.double() - right).norm() / right.norm() for each in (found, other))
+        assert error <= 2.5 * bound
