@@ -626,7 +626,8 @@ def recomputed_share(trainee: Trainee, batch: Batch, config: Any, rank: int) -> 
     """
     kept = {config.hidden_size, config.intermediate_size, batch["input_ids"].numel()}
     thin = {rank, 2 * rank, 3 * rank, config.vocab_size} - kept
-    with _Products(thin) as products:
+    # torch.compile gives a function up for good once it was called under such a mode: it is not asked here
+    with torch.compiler.set_stance("force_eager"), _Products(thin) as products:
         trainee.backward(batch)
     forward = 2 * base_weights(config) * batch["input_ids"].numel()
     return products.flops / forward - 2
