@@ -119,12 +119,9 @@ def adjoint(
     us: Tensor | None,
     masks: list[Tensor],
     needs_x: bool,
-    dx: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(gradient of x, [dA, dB of each member]) from the gradients of the members' outputs, each [tokens, out].
-
-    dx: what is known of the gradient of x already; it is added to in place.
-    """
+    """(gradient of x or None, [dA, dB of each member]) from those of the members' outputs, each [tokens, out]."""
+    dx: Tensor | None = None
     d_factors: list[Tensor | None] = [None] * len(factors)
     left, at = iter(masks), 0
     parts: list[tuple[Tensor, Tensor, Member, Tensor | None, int]] = []
@@ -143,7 +140,7 @@ def adjoint(
     if parts and all(mask is None for *_, mask, _ in parts):
         T = parts[0][0] if len(parts) == 1 else torch.cat([t for t, *_ in parts], dim=1)
         dA = T.T @ x
-        if dx is not None and needs_x:
+        if dx is not None:
             dx.addmm_(T, parts[0][1] if len(parts) == 1 else torch.cat([A for _, A, *_ in parts]))
         at = 0
         for _, A, _, _, index in parts:
@@ -152,7 +149,7 @@ def adjoint(
     else:
         for t, A, member, mask, index in parts:
             d_factors[2 * index] = t.T @ (x if mask is None else dropped(x, mask, member))
-            if dx is not None and needs_x:
+            if dx is not None:
                 dx += t @ A if mask is None else dropped(t @ A, mask, member)
     for index, factor in enumerate(factors):
         if (gradient := d_factors[index]) is not None and factor is not None:
