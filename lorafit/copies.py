@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.cache import cache_folder, forget_oldest
 from lorafit.quant import BaseReport, Quantization, is_quantized, layer_of_packed, linear_layers, packed_tensors
 from lorafit.weights import Ahead, Planned, read_header, write_file
 
@@ -54,13 +55,6 @@ class Entry:
     device: torch.device
 
 
-def copies_folder() -> Path:
-    """$LORAFIT_CACHE, or lorafit/ in the user's cache folder; models/ in it."""
-    own = os.environ.get("LORAFIT_CACHE")
-    root = Path(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lorafit"))
-    return root.expanduser() / "models"
-
-
 def entry_of(paths: Sequence[Path], model: Any, quant: Quantization, device: torch.device) -> Entry | None:
     """The entry of a model that was read from `paths`, or None where it is too small to be worth one."""
     try:
@@ -81,7 +75,7 @@ def entry_of(paths: Sequence[Path], model: Any, quant: Quantization, device: tor
         "versions": [version("bitsandbytes"), version("transformers"), torch.__version__.split(".")[0]],
     }
     text = json.dumps(made_of, sort_keys=True, default=str)
-    return Entry(copies_folder() / hashlib.sha256(text.encode()).hexdigest()[:32], text, quant, device)
+    return Entry(cache_folder("models") / hashlib.sha256(text.encode()).hexdigest()[:32], text, quant, device)
 
 
 def _file(path: Path) -> list[Any]:
@@ -195,7 +189,8 @@ def write_copy(entry: Entry, model: nn.Module, report: BaseReport) -> None:
         log.warning("no quantized copy is kept in %s: %s", parent, error)
         return
     with contextlib.suppress(OSError):  # another process may be tidying up as well
-        _forget_oldest(parent, keep=entry.folder)
+        _forget_drafts(parent)
+        forget_oldest(parent, keep=entry.folder, limit=LIMIT)
 
 
 def _there(tensor: Tensor) -> Planned:
@@ -207,17 +202,8 @@ def _sum(tensor: Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
-def _forget_oldest(folder: Path, keep: Path) -> None:
-    entries = [path for path in folder.iterdir() if path.is_dir()]
-    for path in entries:  # the draft of a process that was killed
+def _forget_drafts(folder: Path) -> None:
+    """Remove what processes that were killed have begun."""
+    for path in folder.iterdir():
         if path.name.startswith(".draft-") and time.time() - path.stat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)
-    entries = [path for path in entries if path.is_dir()]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
-    total = sum(sizes.values())
-    for path in sorted(entries, key=lambda entry: entry.stat().st_mtime):
-        if total <= LIMIT:
-            return
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
-            total -= sizes[path]

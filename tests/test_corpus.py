@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from chats import QWEN3, chat_tokenizer
 
+from lorafit.cache import cache_folder
 from lorafit.data import (
     Corpus,
     Encoder,
@@ -26,7 +27,6 @@ from lorafit.data import (
     parse_sources,
     read_corpus,
 )
-from lorafit.data.store import cache_folder
 from lorafit.errors import InputError
 
 CHATML = (
@@ -273,7 +273,7 @@ def test_the_embedded_data_brings_its_own_rows_to_measure_on(encoder: Encoder) -
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
-    return cache_folder()
+    return cache_folder("tokens")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import lorafit
 PACKAGE = Path(lorafit.__file__).parent
 FLOORS = {
     0: (
-        *("copies", "data", "elementwise", "embedded", "errors", "fingerprint"),
+        *("cache", "copies", "data", "elementwise", "embedded", "errors", "fingerprint"),
         *("fourbit", "loading", "quant", "rounding", "weights"),
     ),
     1: ("lora", "loss", "fused", "checkpointing"),

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from lorafit.cache import cache_folder
 from lorafit.data import IGNORE, Sequences
-from lorafit.data.store import Builder, cache_folder, load, save
+from lorafit.data.store import Builder, load, save
 from lorafit.data.tokens import Encoded
 
 TOKENS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=6)
@@ -174,9 +175,9 @@ def test_above_the_limit_the_entries_that_were_not_used_for_longest_go(
 
 def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAFIT_CACHE", "~/mine")
-    assert cache_folder() == Path.home() / "mine" / "tokens"
+    assert cache_folder("tokens") == Path.home() / "mine" / "tokens"
     monkeypatch.delenv("LORAFIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/ours")
-    assert cache_folder() == Path("/var/ours/lorafit/tokens")
+    assert cache_folder("tokens") == Path("/var/ours/lorafit/tokens")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "lorafit" / "tokens"
+    assert cache_folder("tokens") == Path.home() / ".cache" / "lorafit" / "tokens"

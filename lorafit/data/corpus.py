@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lorafit.cache import cache_folder
 from lorafit.data import store
 from lorafit.data.checks import Refusal, check_labels
 from lorafit.data.formats import Example, Formatter, Turn
@@ -222,7 +223,7 @@ def read_corpus(
             "on_bad_row": on_bad_row,
         }
         key = _cache_key(sources, eval_sources, encoder, options)
-        folder = store.cache_folder() / key if key else None
+        folder = cache_folder("tokens") / key if key else None
     if folder is not None and (found := store.load(folder, ("train", "held_out"))):
         parts, meta = found
         examples = [Example(tuple(Turn(*turn) for turn in turns), where) for turns, where in meta["examples"]]

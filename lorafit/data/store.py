@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lorafit.cache import forget_oldest
 from lorafit.data.tokens import IGNORE, Encoded, Sequence
 
 CACHE_LIMIT = 20 << 30  # bytes; the entries that were not used for longest go first
@@ -130,13 +131,6 @@ class Builder:
 # ------------------------------------------------------------------------------------------------ on the disk
 
 
-def cache_folder() -> Path:
-    """$LORAFIT_CACHE, or lorafit/ in the user's cache folder."""
-    if own := os.environ.get("LORAFIT_CACHE"):
-        return Path(os.path.expanduser(own)) / "tokens"
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lorafit" / "tokens"
-
-
 def sha256(file: Path) -> str:
     """The hash of a file's content."""
     with file.open("rb") as opened:
@@ -159,7 +153,7 @@ def save(folder: Path, parts: dict[str, Sequences], meta: dict[str, Any]) -> Non
             os.rename(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        _forget_oldest(folder.parent, keep=folder)
+        forget_oldest(folder.parent, keep=folder, limit=CACHE_LIMIT)
 
 
 def load(folder: Path, parts: tuple[str, ...]) -> tuple[dict[str, Sequences], dict[str, Any]] | None:
@@ -187,15 +181,3 @@ def load(folder: Path, parts: tuple[str, ...]) -> tuple[dict[str, Sequences], di
 
 def _sums(folder: Path) -> dict[str, str]:
     return {file.name: sha256(file) for file in folder.iterdir() if file.name != "sums.json"}
-
-
-def _forget_oldest(folder: Path, keep: Path) -> None:
-    entries = [path for path in folder.iterdir() if path.is_dir()]  # drafts of a process that was killed are among them
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
-    total = sum(sizes.values())
-    for path in sorted(entries, key=lambda entry: entry.stat().st_mtime):
-        if total <= CACHE_LIMIT:
-            return
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
-            total -= sizes[path]
