@@ -18,6 +18,7 @@ PROGRAMS = {
     "generate": "answer a prompt, a file of prompts or a chat, with one adapter, several or none",
     "ranks": "how much rank an adapter uses, and what cutting it down costs",
     "audit": "show which tokens and which modules train would train; refuse what would fail in silence",
+    "report": "what the runs of a sweep say together: one page, a table, a recommendation",
     "bench": "step time and memory against peft, TRL, litgpt and unsloth, measured in one run",
 }
 

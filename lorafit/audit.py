@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.build import build_data, build_skeleton, load_module, open_logger, prove_packing, require_no_adapter
-from lorafit.config import Config, start
+from lorafit.config import Config
 from lorafit.errors import InputError
+from lorafit.launch import start
 
 if TYPE_CHECKING:
     from lorafit.datamodule import FinetuneDataModule

@@ -42,8 +42,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.bench_table import SETTINGS, add_ratios, add_speed, bench_tables, comparisons, make_rows
 from lorafit.build import device_name, refuse_foreign, require_accelerator, require_no_adapter
-from lorafit.config import Config, start
+from lorafit.config import Config
 from lorafit.errors import InputError, reason
+from lorafit.launch import start
 from lorafit.schema import BENCH_SYSTEMS
 
 if TYPE_CHECKING:

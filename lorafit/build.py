@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,13 +85,13 @@ def build_data(config: Config) -> FinetuneDataModule:
     )
 
 
-def build_module(config: Config) -> FinetuneModule:
-    """The module that a configuration asks for; nothing is loaded yet."""
+def build_module(config: Config, base: Any = None) -> FinetuneModule:
+    """The module that a configuration asks for, over `base` if that is given; nothing is loaded yet."""
     from lorafit.module import FinetuneModule
 
     optimizer = dict(config.optimizer)
     return FinetuneModule(
-        config.model.name,
+        config.model.name if base is None else base,
         rank=config.rank,
         alpha=config.alpha,
         target_modules=config.target_modules,
@@ -204,9 +206,9 @@ def load_adapted(config: Config) -> Any:
     return model.eval()
 
 
-def load_module(config: Config) -> FinetuneModule:
-    """The module that a configuration asks for, its model loaded and adapted."""
-    module = build_module(config)
+def load_module(config: Config, base: Any = None) -> FinetuneModule:
+    """The module that a configuration asks for, its model adapted: `base`, or else one that is loaded."""
+    module = build_module(config, base)
     module.configure_model()
     return module
 
@@ -239,8 +241,18 @@ def prove_packing(config: Config, data: FinetuneDataModule, model: Any) -> Isola
     return require_isolation(model, data.sample_for_packing(), int(data.tokenizer.pad_token_id), setting, rows=rows)
 
 
-def open_logger(config: Config, folder: Path, job_type: str = "train") -> contextlib.AbstractContextManager[Any]:
-    """The logger of a run, as a context that closes it."""
+def open_logger(
+    config: Config,
+    folder: Path,
+    *,
+    job_type: str = "train",
+    sweep: Path | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
+) -> contextlib.AbstractContextManager[Any]:
+    """The logger of a run, as a context that closes it.
+
+    sweep: the folder of the sweep that the run is a job of. history: the points that a resumed run has logged so far.
+    """
     settings = config.logger
     if settings is None or not is_main_process():
         return contextlib.nullcontext()
@@ -256,8 +268,16 @@ def open_logger(config: Config, folder: Path, job_type: str = "train") -> contex
         config=to_dict(config),
         mode=settings.mode,
         project=settings.project,
-        name=settings.name,
-        group=settings.group,
-        tags=settings.tags,
+        name=settings.name or (folder.name if sweep else None),
+        group=settings.group or (_sweep_name(sweep) if sweep else None),
+        tags=[*settings.tags, f"rank={config.rank}", f"quant={config.quant.type if config.quant else 'none'}"],
         job_type=job_type,
+        sweep=sweep,
+        history=history,
     )
+
+
+def _sweep_name(folder: Path) -> str:
+    """What a sweep is called: its folder, with the day where that is one of multirun/DATE/TIME."""
+    folder = folder.resolve()
+    return f"{folder.parent.name} {folder.name}" if re.fullmatch(r"\d\d-\d\d-\d\d(-\d+)?", folder.name) else folder.name

@@ -1,49 +1,35 @@
-"""The door: from a command line to one checked, typed `Config`, and from an error to an exit code.
+"""From overrides to one checked, typed `Config`.
 
-    def main() -> None:
-        start("train", run)                 # run(config, folder) is called once per job
+    config = compose(["rank=8", "quant=nf4"])
 
-    config = compose(["rank=8", "quant=nf4"])       # the same path, for notebooks and tests
-
-Hydra composes `conf/`, schema.py says which keys and values there may be, explain.py puts errors into words.
-Nothing here imports torch, so that a typing error is answered at once.
+Hydra composes `conf/`, schema.py says which keys and values there may be, explain.py puts errors into words; launch.py
+does the same for a command line and runs its jobs. Nothing here imports torch, so that a typing error is answered at
+once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
-import logging
 import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import hydra
-import hydra.version
-import yaml
-from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from lorafit.errors import InputError, LorafitError, Stopped
+from lorafit.errors import InputError, LorafitError
 from lorafit.explain import explain, one_line, unknown_key
 from lorafit.schema import CONF, Config, check, config_sha256, is_number, to_dict
 
-__all__ = ["CONF", "Config", "check", "compose", "config_sha256", "settings_to_record", "start", "to_dict"]
+__all__ = ["CONF", "Config", "check", "compose", "config_sha256", "settings_to_record", "to_dict"]
 
-_VERSION_BASE = "1.3"
-_failures = logging.getLogger("lorafit.failure")  # goes to the log file alone, see conf/train.yaml
+VERSION_BASE = "1.3"
 
 
 # --- resolvers: the few values in conf/ that follow from others -----------------------------------
@@ -104,10 +90,10 @@ ConfigStore.instance().store(name="lorafit_schema", node=Config)
 
 def compose(overrides: Iterable[str] = ()) -> Config:
     """The checked config that a command with these overrides gives, or an InputError."""
-    arguments = _prepare(list(overrides))
+    arguments = prepare(list(overrides))
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base=_VERSION_BASE):
-            config = _typed(hydra.compose("train", arguments), arguments)
+        with hydra.initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+            config = typed(hydra.compose("train", arguments), arguments)
     except LorafitError:
         raise
     except Exception as error:
@@ -116,7 +102,7 @@ def compose(overrides: Iterable[str] = ()) -> Config:
     return config
 
 
-def _typed(values: DictConfig, overrides: Sequence[str]) -> Config:
+def typed(values: DictConfig, overrides: Sequence[str]) -> Config:
     """Our dataclasses. A merge into a fresh schema refuses the keys that `+` brought past Hydra."""
     try:
         plain: Any = OmegaConf.to_container(values)
@@ -210,147 +196,27 @@ def _expanded(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-def _prepare(overrides: list[str]) -> list[str]:
+def quoted(value: str) -> str:
+    """A text as Hydra's grammar reads it, whatever it holds."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def prepare(overrides: list[str]) -> list[str]:
     """Quote the paths that Hydra's grammar cannot read: `~/rows.jsonl`, and the folders of a sweep."""
     prepared = []
     for text in overrides:
         key, _, value = text.partition("=")
         if value.startswith("~/") or (not re.fullmatch(r"[\w./-]*", value, re.ASCII) and os.path.exists(value)):
-            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-            text = f"{key}='{escaped}'"
+            text = f"{key}={quoted(value)}"
         prepared.append(text)
     return prepared
 
 
-def _postpone(overrides: list[str]) -> list[str]:
+def postpone(overrides: list[str]) -> list[str]:
     """Give keys of `quant` and `logger` to the jobs of a sweep alone, as a choice of one value.
 
     Hydra also composes the sweep as a whole, where `-m quant=nf4,fp4 quant.block_size=128` finds
     no quant yet that could have a block size.
     """
     return [re.sub(r"^((?:quant|logger)\.\w+)=([^,]+)$", r"\1=choice(\2)", text) for text in overrides]
-
-
-def _replay(overrides: list[str]) -> list[str]:
-    """`resume=RUN` means RUN's own overrides, then the ones given now, and goes on in RUN's own folder."""
-    folder = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
-    recorded = Path(folder).expanduser() / ".hydra" / "overrides.yaml"
-    if not folder or not recorded.is_file():
-        return overrides
-    before = [text for text in yaml.safe_load(recorded.read_text()) or [] if text[:7] != "resume="]
-    here = str(Path(folder).expanduser()).replace("\\", "\\\\").replace("'", "\\'")
-    # the run may be one job of a sweep file, which is not to be swept again
-    # and what it was started with stays as it is: these overrides may turn out to be wrong
-    return [f"hydra.run.dir='{here}'", *before, *overrides, "hydra.mode=RUN", "hydra.output_subdir=null"]
-
-
-# --- a program ------------------------------------------------------------------------------------
-
-Run = Callable[[Config, Path], float | None]
-
-
-class _Jobs:
-    """What Hydra calls for each job: type the config, check it, run. It keeps what failed.
-
-    A failure is kept, not raised, so that the other jobs of a sweep run and Hydra adds no words of
-    its own. In the worker processes of a parallel launcher it is raised: keeping it would lose it.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.process = os.getpid()
-        self.count = 0
-        self.failed: list[tuple[str, Exception]] = []
-
-    def __call__(self, values: DictConfig) -> float | None:
-        job = HydraConfig.get()
-        folder = Path(job.runtime.output_dir)
-        sweeping = job.mode == RunMode.MULTIRUN
-        self.count += 1
-        if sweeping:
-            print(f"\njob {job.job.num}: {folder.name}  ->  {folder}", flush=True)
-        try:
-            config = _typed(values, job.overrides.task)
-            check(config)
-            if job.output_subdir is not None:
-                resolved = folder / job.output_subdir / "resolved.yaml"
-                resolved.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-            return self.run(config, folder)
-        except Exception as error:
-            known = isinstance(error, LorafitError)
-            _failures.error("%s", error, exc_info=not known)
-            if sweeping:
-                said = str(error) if known else traceback.format_exc()
-                print(f"job {job.job.num} failed: {said}", file=sys.stderr, flush=True)
-                _free(error)
-            error.add_note(f"in the job of {folder}")
-            if os.getpid() != self.process:
-                raise
-            self.failed.append((folder.name, error))
-            return None
-        except (Stopped, KeyboardInterrupt) as stop:
-            _failures.error("%s", str(stop) or "interrupted")
-            raise
-
-
-def start(name: str, run: Run) -> None:
-    """Run the program `name` with the overrides of the command line; `run` is called once per job.
-
-    Returns when all jobs are done. Otherwise the process ends with the exit code of what went
-    wrong: 2 for the user's errors (one message), 130 or 143 for a signal; a bug has its traceback.
-    """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding than the data
-    hydra.version.setbase(_VERSION_BASE)
-    parser = get_args_parser()
-    arguments = parser.parse_intermixed_args()
-    overrides = _prepare(arguments.overrides)
-    if arguments.experimental_rerun:
-        _end(name, "--experimental-rerun is not supported: use resume=RUN", InputError.exit_code)
-    jobs = _Jobs(run)
-    try:
-        if not arguments.multirun:
-            overrides = _replay(overrides)
-        first = [f"hydra.job.name={name}", *_name_jobs(overrides)]
-        if arguments.multirun or any(text.startswith("sweep=") for text in overrides):
-            overrides = _postpone(overrides)
-        arguments.overrides = [*first, *overrides]
-        _run_hydra(arguments, parser, jobs, str(CONF), "train")
-        if jobs.failed:
-            raise jobs.failed[0][1]
-    except LorafitError as error:
-        _end(name, _tell(jobs) if jobs.count > 1 else str(error), error.exit_code)
-    except Stopped as stop:
-        _end(name, str(stop), stop.exit_code)
-    except KeyboardInterrupt:
-        _end(name, "interrupted", 130)
-    except Exception as error:
-        if hasattr(error, "__notes__"):  # it comes out of a job: a bug
-            raise
-        _end(name, explain(error, overrides, arguments.config_dir), InputError.exit_code)
-
-
-def _free(error: BaseException | None) -> None:
-    """Let go of what a failed job held: its traceback would keep the model while the others run."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _name_jobs(overrides: list[str]) -> list[str]:
-    """Which keys all jobs of a sweep share: the names of their folders leave those out."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    fixed = [item.key_or_group for item in parsed if not item.is_sweep_override()]
-    return [f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}"] if fixed else []
-
-
-def _tell(jobs: _Jobs) -> str:
-    lines = [f"  {folder}: {error}" for folder, error in jobs.failed]
-    return "\n".join([f"{len(jobs.failed)} of {jobs.count} jobs failed:", *lines])
-
-
-def _end(name: str, message: str, code: int) -> NoReturn:
-    print(f"lorafit {name}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)

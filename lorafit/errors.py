@@ -5,6 +5,7 @@
     ├── DivergedError     3      a loss or a weight is no longer finite
     └── MemoryExhausted   4      the device or the host has no memory left
     Stopped         130, 143     a signal asked the run to end (a BaseException: nothing swallows it)
+    Paused                       training was to stop here; the run takes it from there (a BaseException as well)
 
 Anything else that escapes a program is a bug and shows its traceback. An error names the thing,
 the value it had and the way out, and helps with the nearest right name where a name was wrong.
@@ -54,6 +55,10 @@ class Stopped(BaseException):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
         self.exit_code = 128 + signum
+
+
+class Paused(BaseException):
+    """Training has come to the step at which it was to stop, and its checkpoint is written."""
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.build import adapter_folders, build_data, load_base, refuse_foreign
-from lorafit.config import Config, start
+from lorafit.config import Config
+from lorafit.launch import start
 from lorafit.measuring import measure, retention_text
 from lorafit.train import write_samples
 

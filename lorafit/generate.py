@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.build import BASE, adapter_folders, load_base, refuse_foreign
-from lorafit.config import Config, settings_to_record, start
+from lorafit.config import Config, settings_to_record
 from lorafit.errors import InputError, did_you_mean, near_path
+from lorafit.launch import start
 
 if TYPE_CHECKING:
     from lorafit.data import Encoder, Example, Turn

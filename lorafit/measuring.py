@@ -5,7 +5,7 @@ train measures before and after, evaluate with the adapter off and on; the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,32 @@ def measure_rounding(model: Any, batches: Iterable[Batch], dtype: str) -> dict[s
         raise InputError("no held-out row has a token to measure the stored adapter on: give data.eval_path")
     loss, kl, agreement = (rounded / count).tolist()
     return {"loss": loss, "loss_float32": (full[0] / count).item(), "kl": max(0.0, kl), "top1_agreement": agreement}
+
+
+def measure_ladder(model: Any, loss: Callable[[], float], ranks: Iterable[int]) -> dict[str, dict[str, float]]:
+    """What the adapter of `model` would be at smaller ranks: {"losses": {rank: loss}, "parameters": {rank: count}}.
+
+    Each product B A is cut to its best approximation of that rank (see `lorafit.spectrum`) and `loss()` asked. Ranks
+    above the adapter's own are left out; its own is measured as it is. The adapter is as before afterwards.
+    """
+    from lorafit.spectrum import Trial
+
+    losses: dict[str, float] = {}
+    parameters: dict[str, float] = {}
+    with Trial(model) as trial:
+        if not trial.layers:
+            raise InputError("ladder: the adapter has no LoRA layers to cut, only modules that were trained whole")
+        own = {name: layer.rank for name, layer in trial.layers.items()}
+        sizes = {
+            name: (layer.lora_A.weight.numel() + layer.lora_B.weight.numel()) // own[name]
+            for name, layer in trial.layers.items()
+        }
+        highest = max(own.values())
+        for rank in sorted({rank for rank in ranks if rank < highest} | {highest}):
+            kept = trial.keep(rank=rank)
+            losses[str(rank)] = loss()
+            parameters[str(rank)] = sum(size * kept[name] for name, size in sizes.items())
+    return {"losses": losses, "parameters": parameters}
 
 
 def retention_text(config: Config, data: FinetuneDataModule) -> list[list[int]]:

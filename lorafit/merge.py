@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.build import adapter_folders, build_data, load_base, model_options, refuse_foreign, require_accelerator
-from lorafit.config import Config, start, to_dict
+from lorafit.config import Config, to_dict
 from lorafit.errors import InputError
+from lorafit.launch import start
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ class FinetuneModule(L.LightningModule):
                 )
         self.optimizer_class = find_optimizer(optimizer)
         self.save_hyperparameters(ignore=["model"], logger=False)
-        self.source = model
+        self._source = (model,)  # in a tuple, since a module given here is to be registered once, as `model`
         self.model: nn.Module | None = None
         self.wrapped: list[str] = []
         self.paths: dict[str, str] = {}  # by which path each LoRA layer runs, and why
@@ -152,10 +152,9 @@ class FinetuneModule(L.LightningModule):
         if self.model is not None:
             return
         h = self.options
-        # the same A for the same seed, whatever was drawn before
         with torch.random.fork_rng():
             torch.manual_seed(h.seed)
-            model = self.source
+            (model,) = self._source
             if isinstance(model, str):
                 model = load_base_model(
                     model,
@@ -168,6 +167,7 @@ class FinetuneModule(L.LightningModule):
                     revision=h.revision,
                     cache=h.cache,
                 )
+            torch.manual_seed(h.seed)  # the same A for the same seed, whatever the base has drawn
             self.wrapped = inject_lora(
                 model,
                 rank=h.rank,
@@ -274,7 +274,8 @@ class FinetuneModule(L.LightningModule):
         total = torch.stack(self._validation).sum(dim=0)
         if self.trainer.world_size > 1:
             total = self.trainer.strategy.reduce(total, reduce_op="sum")
-        self.log("eval/loss", (total[0] / total[1]).float(), rank_zero_only=True)
+        # not by Lightning to the loggers, which would count this step one too low: StepMetrics does
+        self.log("eval/loss", (total[0] / total[1]).float(), rank_zero_only=True, logger=False)
 
     # ---------------------------------------------------------------------------------------------- the optimizer
 

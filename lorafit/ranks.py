@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.build import adapter_folders, build_data, load_adapted, refuse_foreign
-from lorafit.config import Config, start
+from lorafit.config import Config
 from lorafit.errors import InputError
+from lorafit.launch import start
 
 if TYPE_CHECKING:
     from lorafit.datamodule import FinetuneDataModule

@@ -118,16 +118,18 @@ class Trainer:
 class Callbacks:
     progress: bool = MISSING
     memory_every_n_steps: int | None = MISSING
+    norms_every_n_steps: int | None = MISSING
 
 
 @dataclass
 class Logger:
     type: str = MISSING
-    mode: str | None = None  # wandb only, as are the next four
+    mode: str | None = None  # wandb only, as are the next five
     project: str | None = None
     name: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    adapter: bool = False
 
 
 @dataclass
@@ -184,6 +186,19 @@ class Bench:
 
 
 @dataclass
+class Halving:
+    factor: int | None = MISSING
+    first: float = MISSING
+
+
+@dataclass
+class Report:
+    folder: str | None = MISSING
+    metric: str = MISSING
+    kept: float = MISSING
+
+
+@dataclass
 class Config:
     """What a run is. `Any` marks a value that `check` judges better than a type could."""
 
@@ -220,6 +235,9 @@ class Config:
     generate: Generate = MISSING
     combine: Combine = MISSING
     bench: Bench = MISSING
+    ladder: list[int] | None = MISSING
+    halving: Halving = MISSING
+    report: Report = MISSING
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -228,21 +246,14 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_sha256(config: Config) -> str:
-    """Equal for two runs of the same settings; where one started from (`resume`), what is shown of it (`audit`) and
-    what is done with an adapter later do not count."""
-    later = (
-        "adapter",
-        "out",
-        "prompt",
-        "max_kl",
-        "energy",
-        "allow_other_base",
-        "merge",
-        "generate",
-        "combine",
-        "bench",
+    """Equal for two runs of the same settings; where one started from (`resume`), who watches it (`logger`,
+    `callbacks`), what is shown of it (`audit`), whether a sweep lets it finish (`halving`) and what is done with an
+    adapter or with many runs later do not count."""
+    without = (
+        *("resume", "logger", "callbacks", "audit", "halving", "report", "bench"),
+        *("adapter", "out", "prompt", "max_kl", "energy", "allow_other_base", "merge", "generate", "combine"),
     )
-    values = {key: value for key, value in to_dict(config).items() if key not in ("resume", "audit", *later)}
+    values = {key: value for key, value in to_dict(config).items() if key not in without}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -305,6 +316,7 @@ _POSITIVE = (
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_n_steps",
     "callbacks.memory_every_n_steps",
+    "callbacks.norms_every_n_steps",
     "generate.max_new_tokens",
     "generate.batch_size",
     "combine.rank",
@@ -388,6 +400,7 @@ def _check_values(config: Config) -> Iterable[str]:
     yield from _check_rounding(config)
     yield from _check_adapter_keys(config)
     yield from _check_bench(config.bench)
+    yield from _check_sweep(config)
     if _is_int(config.seed) and config.seed >= 2**32:
         yield f"seed must be below 2**32, got {config.seed}"
 
@@ -481,6 +494,20 @@ def _check_bench(bench: Bench) -> Iterable[str]:
     for key in ("seconds", "tolerance"):
         if not _within(getattr(bench, key), 1e-12, float("inf")):
             yield f"bench.{key} must be a positive number, got {getattr(bench, key)!r}"
+
+
+def _check_sweep(config: Config) -> Iterable[str]:
+    """What a run is told of the others beside it: the ranks its adapter is cut to, halving, the report of all."""
+    ladder = config.ladder
+    if ladder is not None and not (ladder and all(rank > 0 for rank in ladder) and len(set(ladder)) == len(ladder)):
+        yield f"ladder must be a list of different ranks, each a positive integer, got {ladder!r}"
+    factor, first = config.halving.factor, config.halving.first
+    if factor is not None and factor < 2:
+        yield f"halving.factor must be 2 or more (2 keeps the better half), or null for no halving, got {factor!r}"
+    if not 0 < first < 1:
+        yield f"halving.first must be a share of the steps in (0, 1), got {first!r}"
+    if not 0 < config.report.kept <= 1:
+        yield f"report.kept must be in (0, 1], got {config.report.kept!r}"
 
 
 def _check_rounding(config: Config) -> Iterable[str]:

@@ -4,11 +4,11 @@
     python -m lorafit.train rank=16 quant=nf4                     the same over a 4-bit base: QLoRA
     python -m lorafit.train model.name=FOLDER data.path=FILE 'data.columns={prompt: question, completion: answer}'
     python -m lorafit.train -m rank=4,8,16,32 quant=none,nf4      eight runs
-    python -m lorafit.train resume=RUN                            go on where a stopped run stood
+    python -m lorafit.train resume=RUN                            go on where a stopped run, or sweep, stood
 
 It says what it will do, measures the base, trains, measures again, and leaves a run folder: `adapter/`, `checkpoints/`,
-`metrics.json`, `samples.jsonl`, `train.log`. Exit codes: 0 done, 2 wrong input, 3 diverged, 4 out of memory,
-130 and 143 stopped by a signal with a checkpoint saved.
+`metrics.json`, `history.jsonl`, `samples.jsonl`, `train.log`. Exit codes: 0 done, 2 wrong input, 3 diverged, 4 out of
+memory, 130 and 143 stopped by a signal with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import json
 import logging
 import math
 import platform
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from lorafit.build import (
-    build_data,
     is_main_process,
     load_module,
     open_logger,
@@ -33,9 +35,11 @@ from lorafit.build import (
     require_accelerator,
     require_no_adapter,
 )
-from lorafit.config import Config, config_sha256, settings_to_record, start, to_dict
-from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped, reason
-from lorafit.measuring import measure, measure_rounding, retention_text
+from lorafit.config import Config, config_sha256, quoted, settings_to_record, to_dict
+from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Paused, Stopped, reason
+from lorafit.launch import start
+from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
+from lorafit.sweep import Job, Shared, alone, read_metrics, recorded_result, resumed
 
 if TYPE_CHECKING:
     import lightning as L
@@ -45,52 +49,92 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+_SHARED = Shared()  # by the jobs of a sweep in this process
+
+
 def main() -> None:
-    start("train", run)
+    start("train", run, run_job)
 
 
 def run(config: Config, folder: Path) -> float:
-    """One job: returns the held-out loss after training. Whatever happens, metrics.json says how it ended."""
-    from lorafit.checkpoint import write_json
+    """One run by itself: returns the held-out loss after training. Whatever happens, metrics.json says how it ended;
+    after wrong input nothing half written is left."""
+    try:
+        return _recorded(config, folder, Shared(), None)
+    except InputError:
+        if not config.resume and read_metrics(folder).get("status") == "interrupted":
+            (folder / "metrics.json").unlink(missing_ok=True)
+        raise
 
+
+def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> float:
+    """One job of a sweep: not run if its result is here, gone on with if it was begun. Returns its held-out loss.
+
+    until: see `lorafit.sweep.Job`.
+    """
+    with alone(folder) if is_main_process() else contextlib.nullcontext():
+        found = recorded_result(config, folder, until)
+        if found is not None:
+            print(f"done already: held-out loss {found:.4g}", flush=True)
+            return found
+        before = read_metrics(folder)
+        try:
+            return _recorded(resumed(config, folder), folder, _SHARED, Job(sweep, until, before.get("rungs", {})))
+        except InputError as error:
+            _write_metrics(folder, {"status": "failed", "error": str(error), "config_sha256": config_sha256(config)})
+            raise
+        finally:
+            _SHARED.give_back()
+
+
+def _recorded(config: Config, folder: Path, shared: Shared, job: Job | None) -> float:
+    """`fine_tune`, with metrics.json written however it ends; for wrong input that is left to the caller."""
     metrics: dict[str, Any] = {"status": "failed"}
     begin_metrics(metrics, config)
+    if job is not None and job.rungs:
+        metrics["rungs"] = job.rungs
     if not is_main_process():
-        return fine_tune(config, folder, metrics)
+        return fine_tune(config, folder, metrics, shared, job)
     try:
-        loss = fine_tune(config, folder, metrics)
+        loss = fine_tune(config, folder, metrics, shared, job)
+    except InputError:
+        raise
     except (LorafitError, Stopped) as error:
-        if not isinstance(error, InputError):  # after wrong input nothing half written is left
-            metrics |= {"status": error.status, "error": str(error)}
-            write_json(folder / "metrics.json", in_order(metrics))
+        _write_metrics(folder, metrics | {"status": error.status, "error": str(error)})
         raise
     except Exception as error:
         if (exhausted := as_memory_error(error, metrics)) is not None:
-            metrics |= {"status": exhausted.status, "error": str(exhausted)}
-            write_json(folder / "metrics.json", in_order(metrics))
+            shared.forget()
+            _write_metrics(folder, metrics | {"status": exhausted.status, "error": str(exhausted)})
             raise exhausted from error
-        metrics |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        write_json(folder / "metrics.json", in_order(metrics))
+        _write_metrics(folder, metrics | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
         raise
-    write_json(folder / "metrics.json", in_order(metrics))
+    _write_metrics(folder, metrics)
     return loss
 
 
-def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
-    """The run from top to bottom; fills `metrics` as it goes."""
+def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Shared, job: Job | None) -> float:
+    """The run from top to bottom; fills `metrics` as it goes. Returns the held-out loss at its end."""
+    began = time.perf_counter()  # before the heavy imports, which are a part of what it takes to start
+
     import lightning as L
     import torch
 
     from lorafit.adapter import adapter_bytes, save_adapter
     from lorafit.callbacks import (
         Checkpoints,
+        History,
         PagedOptimizerMemory,
+        PauseAt,
         StepMetrics,
         StopOnNonFinite,
         StopOnSignal,
         TrainingProgress,
+        history_rows,
     )
+    from lorafit.checkpoint import load_checkpoint
     from lorafit.data.checks import label_table
+    from lorafit.evaluation import evaluate_loss
     from lorafit.inject import count_parameters, coverage, lora_layers
     from lorafit.memory import memory_by_part, reset_peak
     from lorafit.quant import base_report
@@ -107,12 +151,11 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         start_table,
         stream_sentence,
     )
-    from lorafit.trainer import build_trainer, quiet_libraries, total_steps
+    from lorafit.trainer import JobDDP, build_trainer, quiet_libraries, total_steps
 
     terminal = console(quiet=not is_main_process())
     checkpoints = Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every_n_steps)
     with StopOnSignal(checkpoints) as signals, contextlib.ExitStack() as stack:
-        began = time.perf_counter()
         L.seed_everything(config.seed, verbose=False)
         torch.set_float32_matmul_precision("high")
         quiet_libraries()
@@ -121,11 +164,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         require_accelerator(config.trainer.accelerator)
 
         # ---- what goes in: data first, since what is wrong with it is known soonest
-        data = build_data(config)
-        data.setup()
-        data.require_proof()
+        data = shared.data(config)
         metrics["data"] = data.statistics()
-        module = load_module(config)
+        module = load_module(config, shared.base(config))
         model: Any = module.model
         base = base_report(model)
         assert base is not None
@@ -145,6 +186,10 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
                 "resume: a streamed run of several processes cannot be resumed, since they stand at different places: "
                 "start it anew with one device, or without data.streaming"
             )
+        if job and job.until is not None and devices > 1:
+            raise InputError(
+                f"halving.factor: a job is looked at early on one device only: trainer.devices is {devices}"
+            )
         # a stream has the length of the run, for each process
         steps_per_epoch = max(1, len(data.train_dataloader()) // (1 if data.streaming else max(1, devices)))
         steps = total_steps(
@@ -154,7 +199,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             config.trainer.max_epochs,
         )
         resume = Path(config.resume) / "checkpoints" / "last.ckpt" if config.resume else None
-        require_steps(config, steps, folder, resume)
+        resumed_at = load_checkpoint(resume)["global_step"] if resume else 0
+        require_steps(config, steps, folder, resumed_at)
         compiled = module.decide_compilation(tokens_of(data, steps * config.trainer.accumulate_grad_batches))
         metrics["model"]["paths"] = path_counts(module.paths)
         metrics["model"]["compiled"] = module.ops.name == "compiled"
@@ -188,18 +234,28 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             )
         )
 
+        if is_main_process():  # from here on a run that is killed has left word of itself
+            _write_metrics(folder, metrics | {"status": Stopped.status})
+
         # ---- the base, measured
         terminal.print("\nmeasuring the base on held-out data …")
-        before, answers_before = measure(config, data, model)
+        before, answers_before = shared.measured(config, lambda: measure(config, data, model))
         metrics["before"] = before
 
         # ---- training
-        logger = stack.enter_context(open_logger(config, folder))
+        rows = history_rows(Path(config.resume), resumed_at) if config.resume else []
+        logger = stack.enter_context(open_logger(config, folder, sweep=job.sweep if job else None, history=rows))
         step_metrics = StepMetrics(config.trainer.log_every_n_steps)
-        memory = PagedOptimizerMemory(config.callbacks.memory_every_n_steps)
+        memory = PagedOptimizerMemory(config.callbacks.memory_every_n_steps, shared.left_over(model))
         callbacks: list[L.Callback] = [StopOnNonFinite(), step_metrics, memory]
+        if config.callbacks.norms_every_n_steps:
+            from lorafit.callbacks.norms import AdapterNorms
+
+            callbacks.append(AdapterNorms(config.callbacks.norms_every_n_steps))
         if config.callbacks.progress:
             callbacks.append(TrainingProgress(step_metrics, terminal))
+        stop = job.steps(steps) if job else None
+        pause = [PauseAt(checkpoints, stop)] if stop else []
         trainer = build_trainer(
             folder,
             batches=steps_per_epoch,
@@ -210,14 +266,24 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
             accelerator=config.trainer.accelerator,
             devices=config.trainer.devices,
             log_every_n_steps=config.trainer.log_every_n_steps,
-            callbacks=[*callbacks, checkpoints, signals],
-            logger=logger or False,
+            callbacks=[*callbacks, checkpoints, signals, *pause],
+            logger=[*([logger] if logger else []), History(folder, rows)],
+            strategy=JobDDP(job_command(folder, config.resume)) if job and devices > 1 else "auto",
         )
         reset_peak(device)
         try:
             trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
+        except Paused:
+            assert job is not None and stop is not None
+            loss = evaluate_loss(model, data.eval_batches())["loss"]
+            metrics["status"] = Stopped.status
+            metrics["error"] = f"halving: looked at after {stop} of {steps} steps"
+            metrics["rungs"] = job.rungs | {str(job.until): loss}
+            terminal.print(f"after {stop} of {steps} steps: held-out loss {loss:.4g}")
+            return loss
         finally:
             metrics["speed"] = step_metrics.totals()
+            metrics["speed"]["startup_seconds"] = round(step_metrics.began - began, 3)
             metrics["memory"] = memory_metrics(memory)
             metrics["data"] |= {key: value for key, value in data.statistics().items() if data.streaming}
         if data.streaming:
@@ -233,6 +299,10 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         if not math.isfinite(after["loss"]):  # finite weights may still overflow
             raise DivergedError("the held-out loss after training is not finite. Lower optimizer.lr")
         checkpoints.keep_best(after["loss"])
+        metrics["ranks"] = effective_ranks(model)
+        if config.ladder:
+            ladder = measure_ladder(model, lambda: evaluate_loss(model, data.eval_batches())["loss"], config.ladder)
+            metrics["ladder"] = ladder
         metrics["retention"] = measure_retention(model, other_text)
         samples = [
             {"prompt": example.prompt, "before": old, "after": new, "reference": example.completion}
@@ -259,6 +329,10 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         metrics["status"] = "completed"  # only now: without its adapter a run is not
         log_results(logger, metrics, samples, trainer.global_step)
         log_labels(logger, label_table(data.encoder, data.train_sequences))
+        if logger is not None and config.logger is not None and config.logger.adapter:
+            from lorafit.callbacks.wandb import log_adapter
+
+            log_adapter(logger, folder / "adapter")
         terminal.print(result_table(metrics))
         if samples and config.task.samples:
             terminal.print(samples_table(samples[: config.task.samples]))
@@ -270,18 +344,21 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any]) -> float:
         return after["loss"]
 
 
-def require_steps(config: Config, steps: int, folder: Path, resume: Path | None) -> None:
+def require_steps(config: Config, steps: int, folder: Path, resumed_at: int) -> None:
     """Raise InputError when the warm-up takes all steps, or when the run to be resumed has taken them all."""
-    from lorafit.checkpoint import load_checkpoint
-
     warmup = config.scheduler.warmup
     if isinstance(warmup, int) and 0 < steps <= warmup:
         raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
-    if resume is None or load_checkpoint(resume)["global_step"] < steps:
-        return
-    record = folder / "metrics.json"
-    if record.is_file() and json.loads(record.read_bytes()).get("status") == "completed":
+    if resumed_at >= steps and read_metrics(folder).get("status") == "completed":
         raise InputError(f"resume: {config.resume!r} is complete: raise trainer.max_steps above {steps} to go on")
+
+
+def job_command(folder: Path, resume: str | None) -> list[str]:
+    """What the other processes of a job on several devices run: the job alone, in its own folder."""
+    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()) or []
+    given = [f"resume={quoted(resume)}"] if resume else []
+    where = [f"hydra.run.dir={quoted(str(folder))}", "hydra.mode=RUN", "hydra.output_subdir=null"]
+    return [sys.executable, "-m", "lorafit.train", *overrides, *given, *where]
 
 
 def tokens_of(data: Any, batches: int) -> int:
@@ -314,7 +391,15 @@ def begin_metrics(metrics: dict[str, Any], config: Config) -> None:
 def in_order(metrics: dict[str, Any]) -> dict[str, Any]:
     """The parts in the order in which a person reads them."""
     first = ("status", "error", "model", "lora", "data", "before", "after", "retention", "saved", "speed", "memory")
-    return {key: metrics[key] for key in first if key in metrics} | metrics
+    last = ("rungs", "ladder", "seed", "versions", "config_sha256", "ranks")
+    middle = {key: value for key, value in metrics.items() if key not in last}
+    return {key: metrics[key] for key in first if key in metrics} | middle | metrics
+
+
+def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    from lorafit.checkpoint import write_json
+
+    write_json(folder / "metrics.json", in_order(metrics))
 
 
 def describe_model(metrics: dict[str, Any], config: Config, module: FinetuneModule, trainable: int, total: int) -> None:
@@ -333,6 +418,17 @@ def describe_model(metrics: dict[str, Any], config: Config, module: FinetuneModu
         "target_modules": config.target_modules,
         "variant": config.variant,
         "modules_wrapped": len(module.wrapped),
+    }
+
+
+def effective_ranks(model: Any) -> dict[str, dict[str, int]]:
+    """The `ranks` part of metrics.json: of each LoRA layer its rank, and how much of it is used."""
+    from lorafit.inject import lora_layers
+    from lorafit.spectrum import effective_rank, spectrum
+
+    return {
+        name: {"rank": layer.rank, "effective_rank": effective_rank(spectrum(layer))}
+        for name, layer in lora_layers(model).items()
     }
 
 

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from transformers.utils import logging as hf_logging
 
 from lorafit.checkpoint import load_checkpoint, save_checkpoint
@@ -28,6 +35,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         return load_checkpoint(path, map_location)
+
+
+_OF_A_GROUP = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+class _OneJobLauncher(_SubprocessScriptLauncher):
+    """Starts the other processes of a group with a command of our own, and ends the group after the work.
+
+    Lightning repeats the command of the program, which for a sweep would be the sweep; and what it sets in the
+    environment would make the next job take itself for a process of this one's group.
+    """
+
+    def __init__(self, environment: ClusterEnvironment, processes: int, nodes: int, command: Sequence[str]) -> None:
+        super().__init__(environment, processes, nodes)
+        self.command = list(command)
+
+    def launch(self, function: Any, *args: Any, trainer: L.Trainer | None = None, **kwargs: Any) -> Any:
+        if self.cluster_environment.creates_processes_externally:  # by torchrun, SLURM, or the process that began
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        before = {name: os.environ.get(name) for name in _OF_A_GROUP}
+        threads, lightnings = torch.get_num_threads(), subprocess_script._hydra_subprocess_cmd
+        subprocess_script._hydra_subprocess_cmd = lambda local_rank: (self.command, os.getcwd())
+        try:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        finally:
+            subprocess_script._hydra_subprocess_cmd = lightnings
+            for process in self.procs:
+                process.wait(60)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            torch.set_num_threads(threads)
+
+
+class JobDDP(DDPStrategy):
+    """Data-parallel training of one job of a sweep; `command` runs the same job in the other processes."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        super().__init__()
+        self.command = command
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = _OneJobLauncher(self.cluster_environment, self.num_processes, self.num_nodes, self.command)
 
 
 def total_steps(batches: int, accumulate: int, max_steps: int | None, max_epochs: int | None) -> int:
@@ -62,6 +117,7 @@ def build_trainer(
     log_every_n_steps: int = 10,
     callbacks: list[L.Callback] | None = None,
     logger: Any = False,
+    strategy: Any = "auto",
 ) -> L.Trainer:
     """A Trainer for FinetuneModule that writes below `folder`; `batches` is the number of batches in an epoch."""
     steps = total_steps(batches, accumulate_grad_batches, max_steps, max_epochs)
@@ -69,6 +125,7 @@ def build_trainer(
         default_root_dir=folder,
         accelerator=accelerator,
         devices=devices,
+        strategy=strategy,
         precision="32-true",
         max_steps=steps,
         max_epochs=-1,  # counted in steps already

@@ -33,6 +33,7 @@ def run_program(module: Any, *arguments: str) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch, logging_kept():
         patch.setattr(sys, "argv", [module.__name__.replace(".", " "), *arguments])
         patch.setenv("HYDRA_FULL_ERROR", "1")
+        patch.setenv("LORAFIT_IN_PROCESS", "1")  # the jobs of a sweep as well
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 module.main()

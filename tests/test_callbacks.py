@@ -5,12 +5,10 @@ pytest tests/test_callbacks.py
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import signal
-import struct
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +31,7 @@ from lorafit.callbacks import (
 from lorafit.callbacks.progress import clock
 from lorafit.checkpoint import load_checkpoint
 from lorafit.data import ResumableLoader
-from lorafit.errors import DivergedError, InputError, Stopped
+from lorafit.errors import DivergedError, Stopped
 from lorafit.memory import human, memory_by_part
 from lorafit.module import FinetuneModule
 from lorafit.trainer import build_trainer, quiet_libraries
@@ -402,84 +400,3 @@ def test_a_signal_in_the_last_step_still_counts(tmp_path: Path) -> None:
     with StopOnSignal(checkpoints) as signals, pytest.raises(Stopped):
         fit(module(), tmp_path, checkpoints, signals, Each(strike))
     assert load_checkpoint(checkpoints.last)["global_step"] == 4
-
-
-# --- Weights & Biases -----------------------------------------------------------------------------
-
-
-def records(file: Path) -> list[Any]:
-    """The records of an offline run: a header of 7 bytes, blocks of 32 KiB, chunks behind (crc, length, type)."""
-    from wandb.proto import wandb_internal_pb2
-
-    raw, place, found, whole = file.read_bytes(), 7, [], b""
-    while place + 7 <= len(raw):
-        if (room := 32768 - place % 32768) < 7:
-            place += room
-            continue
-        _, length, kind = struct.unpack("<IHB", raw[place : place + 7])
-        whole = raw[place + 7 : place + 7 + length] if kind in (1, 2) else whole + raw[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            found.append(record)
-    return found
-
-
-@pytest.fixture
-def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-
-
-def test_two_runs_in_one_process_are_two_runs_and_a_failure_is_recorded(tmp_path: Path, wandb_home: None) -> None:
-    from lorafit.callbacks.wandb import wandb_logger
-
-    for rank in (4, 8):
-        folder = tmp_path / str(rank)
-        try:
-            with wandb_logger(folder, config={"rank": rank}, group="sweep", tags=["nf4"]) as logger:
-                logger.log_metrics({"train/loss": float(rank)}, step=1)
-                if rank == 8:
-                    raise KeyError("lost")
-        except KeyError:
-            pass
-    ids = set()
-    for rank in (4, 8):
-        [file] = (tmp_path / str(rank)).glob("wandb/offline-run-*/run-*.wandb")
-        found = records(file)
-        [run] = [record.run for record in found if record.HasField("run")][:1]
-        ids.add(run.run_id)
-        config = {item.key: json.loads(item.value_json) for item in run.config.update}
-        assert config["rank"] == rank and run.run_group == "sweep" and list(run.tags) == ["nf4"]
-        history = [item for record in found for item in record.history.item]
-        assert [json.loads(i.value_json) for i in history if "train/loss" in (i.key, *i.nested_key)] == [float(rank)]
-        assert [record.exit.exit_code for record in found if record.HasField("exit")] == [int(rank == 8)]
-    assert len(ids) == 2
-
-
-def test_online_without_a_key_is_an_error_and_asks_nothing(
-    tmp_path: Path, wandb_home: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lorafit.callbacks.wandb import wandb_logger
-
-    def asked(*_: object) -> str:
-        raise AssertionError("a question on the terminal")
-
-    monkeypatch.setattr("builtins.input", asked)
-    monkeypatch.setattr("getpass.getpass", asked)
-    with pytest.raises(InputError, match="wandb login"), wandb_logger(tmp_path, config={}, mode="online"):
-        pass
-    assert not list(tmp_path.glob("wandb/*run-*"))
-
-
-def test_disabled_leaves_no_run(tmp_path: Path, wandb_home: None) -> None:
-    from lorafit.callbacks.wandb import wandb_logger
-
-    with wandb_logger(tmp_path, config={}, mode="disabled") as logger:
-        logger.log_metrics({"a": 1.0}, step=1)
-    assert not list(tmp_path.glob("wandb/*run-*"))

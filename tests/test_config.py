@@ -22,15 +22,15 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from lorafit import __main__ as door, config as lorafit_config, schema
-from lorafit.config import CONF, Config, _Jobs, check, compose, config_sha256, start, to_dict
+from lorafit import __main__ as door, config as lorafit_config, launch, schema
+from lorafit.config import CONF, Config, check, compose, config_sha256, to_dict
 from lorafit.errors import DivergedError, InputError, Stopped
 from lorafit.explain import config_groups, schema_keys
 from lorafit.schema import Quant
 
 YAMLS = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [path for path in YAMLS if path.parent != CONF]
-STUB = "from lorafit.config import start; start('train', lambda config, folder: print('rank', config.rank))"
+STUB = "from lorafit.launch import start; start('train', lambda config, folder: print('rank', config.rank))"
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +53,11 @@ Program = Callable[..., tuple[int, str, str]]
 def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
     """program(run, *arguments) -> (exit code, stdout, stderr), in this process."""
 
-    def call(run: lorafit_config.Run, *arguments: str) -> tuple[int, str, str]:
+    def call(run: launch.Run, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lorafit train", *arguments])
         code = 0
         try:
-            start("train", run)
+            launch.start("train", run)
         except SystemExit as end:
             assert isinstance(end.code, int)
             code = end.code
@@ -653,7 +653,7 @@ def test_resume_replays_the_overrides_of_a_run_and_of_a_job_of_a_sweep(program: 
 
 
 def test_what_a_launcher_sends_to_its_workers_can_be_sent() -> None:
-    jobs = pickle.loads(pickle.dumps(_Jobs(check)))
+    jobs = pickle.loads(pickle.dumps(launch._Jobs(check)))
     assert jobs.run is check
 
 

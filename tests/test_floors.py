@@ -27,7 +27,8 @@ FLOORS = {
     4: ("module", "datamodule", "trainer"),
     5: ("callbacks",),
     6: (
-        *("train", "build", "measuring", "config", "explain", "schema", "tables", "audit_page", "__main__"),
+        *("train", "build", "measuring", "config", "launch", "explain", "schema", "tables", "audit_page", "__main__"),
+        *("sweep", "supervisor", "report_runs", "report_choice", "report_page", "report_charts"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench", "bench_table", "peers"),
     ),
 }
@@ -87,8 +88,8 @@ def test_parts_of_one_floor_do_not_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("hydra", {"lorafit.config", "lorafit.explain"}),
-        ("omegaconf", {"lorafit.config", "lorafit.explain", "lorafit.schema"}),
+        ("hydra", {"lorafit.config", "lorafit.explain", "lorafit.launch"}),
+        ("omegaconf", {"lorafit.config", "lorafit.explain", "lorafit.launch", "lorafit.schema"}),
         ("wandb", {"lorafit.callbacks.wandb"}),
         ("bitsandbytes", {"lorafit.quant"}),
         ("peft", {"lorafit.peers"}),

@@ -92,7 +92,8 @@ JOBS = [(rank, quant) for rank in (4, 8) for quant in ("none", "nf4")]
 
 
 def test_a_sweep_leaves_one_folder_per_job_named_after_what_differs(sweep: Path) -> None:
-    assert {path.name for path in sweep.iterdir() if path.is_dir()} == {f"rank={r},quant={q}" for r, q in JOBS}
+    folders = {path.name for path in sweep.iterdir() if path.is_dir()}
+    assert folders == {*(f"rank={r},quant={q}" for r, q in JOBS), "wandb"}  # wandb: links to the runs of all
 
 
 @pytest.mark.parametrize(("rank", "quant"), JOBS)
@@ -293,7 +294,10 @@ def test_a_job_of_a_sweep_with_wrong_input_leaves_the_others_whole() -> None:
         "-m", "target_modules=[q_proj],[q_porj]", "trainer.max_steps=1", "hydra.sweep.dir=all", *QUIET
     )
     assert code == 2 and "'q_porj' matches no linear layer" in err and "Traceback" not in err
-    assert sorted(metrics_of(path.parent)["status"] for path in Path("all").rglob("metrics.json")) == ["completed"]
+    ended = {metrics_of(path.parent)["status"]: path.parent for path in Path("all").rglob("metrics.json")}
+    assert set(ended) == {"completed", "failed"}
+    assert "'q_porj' matches no linear layer" in metrics_of(ended["failed"])["error"]
+    assert not (ended["failed"] / "adapter").exists()
 
 
 # --- other ends -----------------------------------------------------------------------------------
@@ -362,7 +366,7 @@ def test_a_terminated_run_can_be_resumed_and_ends_as_the_unbroken_one() -> None:
 
     code, _, err = program("resume=run")  # the overrides are those of the run, and so is the folder
     assert code == 0, err
-    assert metrics_of("run")["status"] == "completed" and metrics_of("run")["speed"]["steps"] == 60 - steps
+    assert metrics_of("run")["status"] == "completed" and metrics_of("run")["speed"]["steps"] == 60
 
     code, _, err = program(*arguments, "hydra.run.dir=whole")
     assert code == 0, err

@@ -2,16 +2,21 @@
 
 from lorafit.callbacks.checkpoints import Checkpoints
 from lorafit.callbacks.finite import StopOnNonFinite
+from lorafit.callbacks.history import History, history_rows
 from lorafit.callbacks.memory import PagedOptimizerMemory
+from lorafit.callbacks.pause import PauseAt
 from lorafit.callbacks.progress import TrainingProgress
 from lorafit.callbacks.signals import StopOnSignal
 from lorafit.callbacks.speed import StepMetrics
 
 __all__ = [
     "Checkpoints",
+    "History",
     "PagedOptimizerMemory",
+    "PauseAt",
     "StepMetrics",
     "StopOnNonFinite",
     "StopOnSignal",
     "TrainingProgress",
+    "history_rows",
 ]

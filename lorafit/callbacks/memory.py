@@ -21,12 +21,13 @@ log = logging.getLogger(__name__)
 class PagedOptimizerMemory(L.Callback):
     """Counts bytes by part every `every_n_steps` optimizer steps and at the end, and logs them as `memory/*`.
 
-    After training `parts` holds the last count and `peak` the peak (see `lorafit.memory`). At the first count it says
-    in a sentence what is paged and what is not.
+    idle_bytes: of the peak, what other runs of this process keep there; it is taken off. After training `parts` holds
+    the last count and `peak` the peak (see `lorafit.memory`). At the first count it says in a sentence what is paged and
+    what is not.
     """
 
-    def __init__(self, every_n_steps: int | None = 50) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(self, every_n_steps: int | None = 50, idle_bytes: int = 0) -> None:
+        self.every_n_steps, self.idle_bytes = every_n_steps, idle_bytes
         self.parts: dict[str, int] = {}
         self.gradient_bytes = 0
         self.peak = 0
@@ -52,10 +53,10 @@ class PagedOptimizerMemory(L.Callback):
     def count(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count now, and hand the numbers to the logger."""
         self.parts = memory_by_part(pl_module, trainer.optimizers[0]) | {"gradient": self.gradient_bytes}
-        self.peak = peak_bytes(pl_module.device)
-        if trainer.logger is not None:
-            numbers = {f"memory/{part}_bytes": float(count) for part, count in self.parts.items()}
-            trainer.logger.log_metrics(numbers | {"memory/peak_bytes": float(self.peak)}, step=trainer.global_step)
+        self.peak = peak_bytes(pl_module.device) - self.idle_bytes
+        numbers = {f"memory/{part}_bytes": float(count) for part, count in self.parts.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers | {"memory/peak_bytes": float(self.peak)}, step=trainer.global_step)
 
     def sentence(self, trainer: L.Trainer) -> str:
         """What is paged, for a person."""

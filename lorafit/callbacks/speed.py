@@ -5,6 +5,7 @@ Time is that of training alone: validation and the writing of checkpoints happen
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -14,10 +15,12 @@ from lorafit.module import FinetuneModule
 
 
 class StepMetrics(L.Callback):
-    """Logs `train/loss`, `train/learning_rate`, `train/gradient_norm` and tokens a second every `every_n_steps` steps.
+    """Logs `train/loss`, `train/learning_rate`, `train/gradient_norm`, `train/seconds` and tokens a second every
+    `every_n_steps` steps, and `eval/loss` after each validation.
 
-    `seconds`, `steps`, `tokens` and `supervised_tokens` count since training began or was resumed; `recent` holds
-    the numbers logged last.
+    `seconds`, `steps`, `tokens` and `supervised_tokens` are those of the run: one that is resumed goes on counting.
+    `losses` are those that this process has seen; `recent` holds the numbers logged last; `began` is when training did,
+    by time.perf_counter.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -26,11 +29,12 @@ class StepMetrics(L.Callback):
         self.steps = self.tokens = self.supervised_tokens = 0
         self.recent: dict[str, float] = {}
         self.losses: list[tuple[int, float]] = []
+        self.began = math.nan
         self._since: float | None = None
         self._mark = (0.0, 0, 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since = time.perf_counter()
+        self.began = self._since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         # the clock stands still during validation and saving, and starts again with the next batch
@@ -64,12 +68,20 @@ class StepMetrics(L.Callback):
             self.recent |= {
                 "train/tokens_per_second": tokens / seconds,
                 "train/supervised_tokens_per_second": (self.supervised_tokens - before) / seconds,
+                "train/seconds": self.seconds,
             }
-            if trainer.logger is not None:
-                trainer.logger.log_metrics(self.recent, step=trainer.global_step)
+            for logger in trainer.loggers:
+                logger.log_metrics(self.recent, step=trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_clock()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {"eval/loss": float(trainer.callback_metrics["eval/loss"])}, step=trainer.global_step
+                )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._stop_clock()
@@ -81,6 +93,16 @@ class StepMetrics(L.Callback):
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
         self._since = None
+
+    def state_dict(self) -> dict[str, Any]:
+        self._stop_clock()
+        names = ("seconds", "steps", "tokens", "supervised_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+        self._mark = (self.seconds, self.tokens, self.supervised_tokens)
 
     def totals(self) -> dict[str, float]:
         """The `speed` part of metrics.json."""

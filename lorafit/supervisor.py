@@ -1,0 +1,149 @@
+"""A sweep outlives its jobs: they run in a process of their own, and when one of them is killed the others go on.
+
+The kernel kills what takes too much memory, without a word and without a chance to clean up; a bug in a driver does the
+same. So the process of the command only watches. The jobs run one after another in a worker, which keeps the base
+model between them; when it dies, the job it was at is recorded as killed, and a new worker goes on with the next one.
+
+Which jobs have begun and how they ended stands in a `Roll`, a small folder that all processes of one command see, on
+other machines too. Nothing here knows Hydra or torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROLL = "LORAFIT_ROLL"  # in the environment of a worker: the roll of the command that it works for
+IN_PROCESS = "LORAFIT_IN_PROCESS"  # set by hand: the jobs run in the process of the command, for a debugger
+_KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+class Roll:
+    """The jobs of one command: an entry each, by (rung, number), as a file that is written whole.
+
+    An entry holds name and folder of the job from its beginning, and at its end either its objective or error and
+    exit_code; "killed", a signal, where its process died.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @classmethod
+    def begin(cls, sweep: str | Path) -> Roll:
+        """A new roll in the folder of a sweep. Those of commands that were killed on this machine are removed."""
+        host = socket.gethostname()
+        for left in Path(sweep).glob(f".roll-{host}-*"):
+            with contextlib.suppress(ValueError):
+                if not _alive(int(left.name.rpartition("-")[2])):
+                    shutil.rmtree(left, ignore_errors=True)
+        folder = Path(sweep) / f".roll-{host}-{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    def end(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, rung: int, number: int, entry: dict[str, Any]) -> None:
+        draft = self.folder / f".{rung}-{number}"
+        draft.write_text(json.dumps(entry))
+        draft.replace(self.folder / f"{rung}-{number}.json")
+
+    def read(self, rung: int, number: int) -> dict[str, Any] | None:
+        path = self.folder / f"{rung}-{number}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def entries(self, rung: int | None = None) -> dict[tuple[int, int], dict[str, Any]]:
+        """All entries by (rung, number), in their order."""
+        places = [path.stem.partition("-") for path in self.folder.glob("[0-9]*.json")]
+        found = sorted((int(at), int(number)) for at, _, number in places if rung in (None, int(at)))
+        return {place: entry for place in found if (entry := self.read(*place)) is not None}
+
+    def unfinished(self) -> dict[tuple[int, int], dict[str, Any]]:
+        return {place: entry for place, entry in self.entries().items() if not entry["ended"]}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def supervise(command: Sequence[str], roll: Roll) -> int:
+    """Run the command of a worker until it ends by itself, anew each time it is killed at a job. Returns its exit code,
+    or minus the signal that it died by where no new one was started.
+
+    A signal to end is passed on to the worker, which saves a checkpoint first, and no new one is started.
+    """
+    asked: list[int] = []
+    worker: subprocess.Popen[bytes] | None = None
+
+    def pass_on(signum: int, _: object) -> None:
+        asked.append(signum)
+        if worker is not None:
+            worker.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+
+    with _handling((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), pass_on):
+        while True:
+            # a group of its own, or a terminal would send it the signals of its keys a second time
+            worker = subprocess.Popen(
+                command, env=os.environ | {ROLL: f"{os.getpid()}:{roll.folder.resolve()}"}, process_group=0
+            )
+            if asked:  # it came before there was anybody to pass it on to
+                worker.send_signal(asked[-1])
+            code = worker.wait()
+            if code >= 0:
+                return code
+            if asked or not (begun := roll.unfinished()):
+                return code
+            for place, entry in begun.items():
+                roll.write(*place, entry | {"ended": True, "killed": -code})
+
+
+def serve() -> Roll | None:
+    """The roll of the command that this process works for, or None where it is no worker. A worker ends with the
+    process that watches it, or two would write the same files when the sweep is gone on with."""
+    value = os.environ.get(ROLL)
+    if value is None:
+        return None
+    parent, _, folder = value.partition(":")
+    with contextlib.suppress(OSError, AttributeError):  # known to Linux alone; elsewhere jobs are locked all the same
+        ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        sys.exit(1)  # it died before
+    return Roll(folder)
+
+
+@contextlib.contextmanager
+def _handling(signums: Sequence[int], handler: Any) -> Iterator[None]:
+    """Handle signals so; those that are ignored (`nohup`) stay so."""
+    before = {signum: signal.getsignal(signum) for signum in signums}
+    for signum, old in before.items():
+        if old is not signal.SIG_IGN:
+            signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def death(signum: int) -> str:
+    """What is said of a job whose process was killed."""
+    name = signal.Signals(signum).name if signum in {*signal.Signals} else f"signal {signum}"
+    if signum == signal.SIGKILL:
+        return "killed by SIGKILL: perhaps the machine ran out of memory. Called again, it goes on from its checkpoint"
+    return f"its process died by {name}. Called again, it goes on from its checkpoint"
