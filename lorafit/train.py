@@ -21,6 +21,7 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,17 +97,16 @@ def _recorded(config: Config, folder: Path, shared: Shared, job: Job | None) -> 
     if not is_main_process():
         return fine_tune(config, folder, metrics, shared, job)
     try:
-        loss = fine_tune(config, folder, metrics, shared, job)
+        with memory_errors(metrics):
+            loss = fine_tune(config, folder, metrics, shared, job)
     except InputError:
         raise
     except (LorafitError, Stopped) as error:
+        if isinstance(error, MemoryExhausted):
+            shared.forget()
         _write_metrics(folder, metrics | {"status": error.status, "error": str(error)})
         raise
     except Exception as error:
-        if (exhausted := as_memory_error(error, metrics)) is not None:
-            shared.forget()
-            _write_metrics(folder, metrics | {"status": exhausted.status, "error": str(exhausted)})
-            raise exhausted from error
         _write_metrics(folder, metrics | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
         raise
     _write_metrics(folder, metrics)
@@ -122,6 +122,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
 
     from lorafit.adapter import adapter_bytes, save_adapter
     from lorafit.callbacks import (
+        AdapterNorms,
         Checkpoints,
         History,
         PagedOptimizerMemory,
@@ -132,6 +133,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         TrainingProgress,
         history_rows,
     )
+    from lorafit.callbacks.wandb import log_adapter, log_summary
     from lorafit.checkpoint import load_checkpoint
     from lorafit.data.checks import label_table
     from lorafit.evaluation import evaluate_loss
@@ -245,12 +247,11 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         # ---- training
         rows = history_rows(Path(config.resume), resumed_at) if config.resume else []
         logger = stack.enter_context(open_logger(config, folder, sweep=job.sweep if job else None, history=rows))
+        stack.enter_context(memory_errors(metrics))  # the logger is to hear what it was as well
         step_metrics = StepMetrics(config.trainer.log_every_n_steps)
         memory = PagedOptimizerMemory(config.callbacks.memory_every_n_steps, shared.left_over(model))
         callbacks: list[L.Callback] = [StopOnNonFinite(), step_metrics, memory]
         if config.callbacks.norms_every_n_steps:
-            from lorafit.callbacks.norms import AdapterNorms
-
             callbacks.append(AdapterNorms(config.callbacks.norms_every_n_steps))
         if config.callbacks.progress:
             callbacks.append(TrainingProgress(step_metrics, terminal))
@@ -279,6 +280,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             metrics["status"] = Stopped.status
             metrics["error"] = f"halving: looked at after {stop} of {steps} steps"
             metrics["rungs"] = job.rungs | {str(job.until): loss}
+            log_summary(logger, metrics)
             terminal.print(f"after {stop} of {steps} steps: held-out loss {loss:.4g}")
             return loss
         finally:
@@ -329,9 +331,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         metrics["status"] = "completed"  # only now: without its adapter a run is not
         log_results(logger, metrics, samples, trainer.global_step)
         log_labels(logger, label_table(data.encoder, data.train_sequences))
-        if logger is not None and config.logger is not None and config.logger.adapter:
-            from lorafit.callbacks.wandb import log_adapter
-
+        log_summary(logger, metrics)
+        if config.logger is not None and config.logger.adapter:
             log_adapter(logger, folder / "adapter")
         terminal.print(result_table(metrics))
         if samples and config.task.samples:
@@ -471,6 +472,19 @@ def device_name(device: Any) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+@contextlib.contextmanager
+def memory_errors(metrics: dict[str, Any]) -> Iterator[None]:
+    """Raise MemoryExhausted in place of what a library says when memory has run out."""
+    try:
+        yield
+    except LorafitError:
+        raise
+    except Exception as error:
+        if (exhausted := as_memory_error(error, metrics)) is None:
+            raise
+        raise exhausted from error
 
 
 def as_memory_error(error: Exception, metrics: dict[str, Any]) -> MemoryExhausted | None:

@@ -22,8 +22,8 @@ class PagedOptimizerMemory(L.Callback):
     """Counts bytes by part every `every_n_steps` optimizer steps and at the end, and logs them as `memory/*`.
 
     idle_bytes: of the peak, what other runs of this process keep there; it is taken off. After training `parts` holds
-    the last count and `peak` the peak (see `lorafit.memory`). At the first count it says in a sentence what is paged and
-    what is not.
+    the last count and `peak` the peak (see `lorafit.memory`). At the first count it says in a sentence what is paged
+    and what is not.
     """
 
     def __init__(self, every_n_steps: int | None = 50, idle_bytes: int = 0) -> None:
@@ -31,6 +31,7 @@ class PagedOptimizerMemory(L.Callback):
         self.parts: dict[str, int] = {}
         self.gradient_bytes = 0
         self.peak = 0
+        self._counted = -1
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         # the first step's are those of all steps; later they may be freed when this looks
@@ -51,11 +52,12 @@ class PagedOptimizerMemory(L.Callback):
         self.count(trainer, pl_module)
 
     def count(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count now, and hand the numbers to the logger."""
+        """Count now, and hand the numbers to the loggers, once a step."""
         self.parts = memory_by_part(pl_module, trainer.optimizers[0]) | {"gradient": self.gradient_bytes}
         self.peak = peak_bytes(pl_module.device) - self.idle_bytes
         numbers = {f"memory/{part}_bytes": float(count) for part, count in self.parts.items()}
-        for logger in trainer.loggers:
+        again, self._counted = trainer.global_step == self._counted, trainer.global_step
+        for logger in () if again else trainer.loggers:
             logger.log_metrics(numbers | {"memory/peak_bytes": float(self.peak)}, step=trainer.global_step)
 
     def sentence(self, trainer: L.Trainer) -> str:

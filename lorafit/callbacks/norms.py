@@ -23,14 +23,12 @@ class AdapterNorms(L.Callback):
 
     def __init__(self, every_n_steps: int | None = 50) -> None:
         self.every_n_steps = every_n_steps
-        self._looked = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, FinetuneModule)
         if self.every_n_steps is None or not pl_module.stepped or not trainer.loggers:
             return
-        if trainer.global_step % self.every_n_steps == 0 or not self._looked:
-            self._looked = True
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == 1:
             assert pl_module.model is not None
             numbers = adapter_norms(pl_module.model)
             for logger in trainer.loggers:

@@ -177,8 +177,9 @@ def _environment(mode: str, shared: Path) -> Iterator[None]:
     """W&B is told by variables where to write, and to say nothing; they are put back afterwards."""
     names = ("WANDB_SILENT", "WANDB_MODE", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
     before = {name: os.environ.get(name) for name in names}
-    os.environ["WANDB_MODE"] = mode  # else one that says offline would refuse to log in
     os.environ.setdefault("WANDB_SILENT", "true")
+    if mode == "online":
+        os.environ["WANDB_MODE"] = mode  # one that says offline would refuse to log in
     if mode == "offline":  # else artifacts are kept in the user's cache, as wherever W&B is used
         os.environ.setdefault("WANDB_CACHE_DIR", str(shared / "cache"))
     try:
