@@ -1,8 +1,8 @@
 """The project's workspace in Weights & Biases: which rank, over which base, at what price.
 
-    python scripts/dashboard.py --entity ME                            every run of the project lorafit
-    python scripts/dashboard.py --entity ME --group ranks              the runs of one sweep
-    python scripts/dashboard.py --entity ME --dry-run workspace.json   its JSON, without a key and without a network
+    python scripts/dashboard.py                              every run of the project lorafit
+    python scripts/dashboard.py --entity TEAM --group ranks  the runs of one sweep
+    python scripts/dashboard.py --dry-run workspace.json     its JSON, without a key and without a network
 
 A new view is saved, and its address printed. Every chart is made of what runs of `lorafit.train` log; it stays empty
 for what a run was told not to (`callbacks.norms_every_n_steps=null`). Needs `pip install 'lorafit[dashboard]'` and a
@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -128,7 +128,7 @@ def to_json(workspace: Workspace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--entity", required=True, help="the user or team whose project it is")
+    parser.add_argument("--entity", help="the user or team whose project it is; default: $WANDB_ENTITY, or your own")
     parser.add_argument("--project", default="lorafit")
     parser.add_argument("--group", help="show only the runs of this group: a sweep")
     parser.add_argument("--name", help="of the view; default: the group's, or lorafit")
@@ -137,29 +137,40 @@ def main(argv: list[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     os.environ.setdefault("WANDB_SILENT", "true")
+    entity = options.entity or os.environ.get("WANDB_ENTITY")
+    if options.dry_run is None:
+        entity = log_in(entity)
     try:
         workspace = build(
-            options.project, options.entity, group=options.group, name=options.name or options.group or "lorafit"
+            options.project, entity or "ENTITY", group=options.group, name=options.name or options.group or "lorafit"
         )
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("wandb", "wandb_workspaces"):
             raise
-        print(NEEDED, file=sys.stderr)
-        raise SystemExit(2) from None
-    if options.dry_run is not None:
-        text = json.dumps(to_json(workspace), indent=2)
-        if options.dry_run == "-":
-            print(text)
-        else:
-            Path(options.dry_run).write_text(text + "\n")
+        end(NEEDED)
+    if options.dry_run is None:
+        print(workspace.save_as_new_view().url)
         return
+    text = json.dumps(to_json(workspace), indent=2) + "\n"
+    if options.dry_run == "-":
+        print(text, end="")
+    else:
+        Path(options.dry_run).write_text(text)
+
+
+def log_in(entity: str | None) -> str:
+    """The entity that is meant, the user's own where none is named; ends the program where no key is known."""
     import wandb
 
     os.environ["WANDB_MODE"] = "online"  # whatever is set for runs
     if not wandb.login(prompt=False):
-        print(NO_KEY, file=sys.stderr)
-        raise SystemExit(2)
-    print(workspace.save_as_new_view().url)
+        end(NO_KEY)
+    return entity or wandb.Api().default_entity
+
+
+def end(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
