@@ -38,8 +38,9 @@ def main() -> None:
 def run(config: Config, folder: Path) -> None:
     """One audit: writes its files, prints, and raises InputError when anything is refused."""
     from lorafit.audit_page import audit_page
-    from lorafit.checkpoint import write_atomically, write_json
-    from lorafit.tables import audit_tables, console, data_notes, source_names
+    from lorafit.files import write_atomically, write_json
+    from lorafit.tables import audit_tables, data_notes, source_names
+    from lorafit.terminal import console
     from lorafit.trainer import quiet_libraries
 
     quiet_libraries()

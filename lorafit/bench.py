@@ -82,10 +82,10 @@ def run(config: Config, folder: Path) -> None:
     """One benchmark: measures setting by setting, prints, writes bench.json after each."""
     import torch
 
-    from lorafit.checkpoint import write_json
+    from lorafit.files import write_json
     from lorafit.machine import describe_machine, memory_bandwidth
     from lorafit.peers import installed
-    from lorafit.tables import console
+    from lorafit.terminal import console
     from lorafit.trainer import quiet_libraries
 
     check_request(config)

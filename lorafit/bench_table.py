@@ -217,7 +217,7 @@ def _times(ratio: float | None) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    from lorafit.memory import human
+    from lorafit.terminal import human
 
     seconds, errors = row["seconds"], row["gradient_errors"]
     share, recomputed = row["share_of_matmul_rate"], row["recomputed_share"]

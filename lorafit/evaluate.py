@@ -31,10 +31,11 @@ def main() -> None:
 
 def run(config: Config, folder: Path) -> None:
     """Measure the base and each adapter; print a table, write evaluate.json and samples.jsonl."""
-    from lorafit.checkpoint import write_json
+    from lorafit.files import write_json
     from lorafit.retention import measure_retention
     from lorafit.serving import Adapters
-    from lorafit.tables import console, samples_table
+    from lorafit.tables import samples_table
+    from lorafit.terminal import console
     from lorafit.trainer import quiet_libraries
 
     refuse_foreign(config, "evaluate")
@@ -89,7 +90,7 @@ def evaluation_table(off: Mapping[str, float], measured: Mapping[str, Mapping[st
     from rich.markup import escape
     from rich.table import Table
 
-    from lorafit.tables import number, visible
+    from lorafit.terminal import number, visible
 
     table = Table(title=f"on {rows:,} held-out rows", title_justify="left")
     table.add_column("")

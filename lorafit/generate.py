@@ -88,9 +88,9 @@ def run(config: Config, folder: Path) -> None:
     """Answer what is asked, print it and write generate.json."""
     import torch
 
-    from lorafit.checkpoint import write_json
+    from lorafit.files import write_json
     from lorafit.merging import require_new
-    from lorafit.tables import console
+    from lorafit.terminal import console
     from lorafit.trainer import quiet_libraries
 
     refuse_foreign(config, "generate")
@@ -286,7 +286,7 @@ def combine_adapters(session: Session, folders: dict[str, Path]) -> None:
 
     from lorafit.adapter import save_adapter
     from lorafit.combining import combine
-    from lorafit.tables import visible
+    from lorafit.terminal import visible
 
     options, adapters = session.config.combine, session.adapters
     if COMBINED in folders:
@@ -409,7 +409,7 @@ def said(text: str, style: str = "") -> Any:
     """A text of somebody for the terminal, with nothing in it that moves the cursor or is taken for markup."""
     from rich.text import Text
 
-    from lorafit.tables import visible
+    from lorafit.terminal import visible
 
     return Text(visible(text), style=style)
 
@@ -427,7 +427,7 @@ def label(request: Request, asked: Sequence[Request]) -> Any:
 def chat(session: Session) -> None:
     """Answer what is typed until the input ends; the conversation is kept."""
     from lorafit.data import Turn
-    from lorafit.tables import visible
+    from lorafit.terminal import visible
 
     name = session.defaults[0]
     turns: list[Turn] = []

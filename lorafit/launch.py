@@ -11,6 +11,7 @@ better ones go on from where they stand.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -304,7 +305,7 @@ def _log_failure(error: Exception) -> None:
 
 def _record_death(folder: Path, said: str) -> None:
     """Put into metrics.json, which says "interrupted" since the job began to train, why it ended."""
-    from lorafit.checkpoint import write_json
+    from lorafit.files import write_json
     from lorafit.sweep import read_metrics
 
     if (metrics := read_metrics(folder)).get("status") == Stopped.status:
@@ -316,6 +317,7 @@ def _free(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+    gc.collect()
 
 
 # ------------------------------------------------------------------------------------------------------------ the sweep

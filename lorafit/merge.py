@@ -33,11 +33,11 @@ def run(config: Config, folder: Path) -> None:
     from rich.markup import escape
 
     from lorafit.adapter import load_adapter
-    from lorafit.checkpoint import write_json
+    from lorafit.files import write_json
     from lorafit.inject import adapter_modules
     from lorafit.merging import candidates, measure_merge, merged_model, require_new, size, write_merged
     from lorafit.quant import base_report
-    from lorafit.tables import console, visible
+    from lorafit.terminal import console, visible
     from lorafit.trainer import quiet_libraries
 
     refuse_foreign(config, "merge")
@@ -147,8 +147,7 @@ def merge_tables(result: Mapping[str, Any]) -> list[Any]:
     """What a person sees: the candidates beside the live adapter, and why one was taken."""
     from rich.table import Table
 
-    from lorafit.memory import human
-    from lorafit.tables import number
+    from lorafit.terminal import human, number
 
     table = Table(title=f"merged, on {result['tokens']:,} held-out tokens", title_justify="left")
     table.add_column("")
@@ -171,7 +170,7 @@ def merge_tables(result: Mapping[str, Any]) -> list[Any]:
 
 
 def human_sizes(written: Mapping[str, int]) -> str:
-    from lorafit.memory import human
+    from lorafit.terminal import human
 
     text = human(written["bytes"])
     return text + (f" and {human(written['undo_bytes'])} to undo it" if written["undo_bytes"] else "")
@@ -181,9 +180,9 @@ def unmerge(config: Config, adapter: Path, out: Path, folder: Path) -> None:
     """The way back."""
     from rich.markup import escape
 
-    from lorafit.checkpoint import write_json
+    from lorafit.files import write_json
     from lorafit.merging import size, unmerge_folder
-    from lorafit.tables import console, visible
+    from lorafit.terminal import console, visible
 
     source = Path(str(config.merge.unmerge)).expanduser()
     limit = size(config.merge.max_shard_size)

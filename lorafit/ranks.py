@@ -39,9 +39,9 @@ def main() -> None:
 
 def run(config: Config, folder: Path) -> None:
     """One study of an adapter: writes its files and prints; with `out` also the smaller adapter."""
-    from lorafit.checkpoint import write_atomically, write_json
     from lorafit.evaluation import evaluate_loss
-    from lorafit.tables import console
+    from lorafit.files import write_atomically, write_json
+    from lorafit.terminal import console
     from lorafit.trainer import quiet_libraries
 
     refuse_foreign(config, "ranks")
@@ -286,7 +286,7 @@ def ranks_tables(found: Mapping[str, Any]) -> list[Any]:
     from rich.table import Table
     from rich.text import Text
 
-    from lorafit.tables import number
+    from lorafit.terminal import number
 
     layers = Table(box=None, padding=(0, 2, 0, 0))
     layers.add_column("module", style="bold")
@@ -327,7 +327,7 @@ def _range(values: Sequence[int]) -> str:
 
 def verdict(found: Mapping[str, Any]) -> str:
     """The recommendation in a sentence or two."""
-    from lorafit.memory import human
+    from lorafit.terminal import human
 
     rank, highest = found["recommended_rank"], max(found["loss_by_rank"])
     if not found["gains"]:

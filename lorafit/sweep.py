@@ -129,7 +129,7 @@ class _Base:
 class Shared:
     """What the jobs of one process have in common; a single run makes one for itself.
 
-    `base` lends the model, until `give_back`.
+    `base` lends the model, until `give_back`; `idle_bytes` is what other bases occupy meanwhile.
     """
 
     def __init__(self) -> None:
@@ -138,7 +138,6 @@ class Shared:
         self._data: tuple[str, FinetuneDataModule] | None = None
         self._measured: dict[str, Any] = {}
         self.loads = 0  # how many bases were loaded so far
-        self._first: int | None = None
 
     def base(self, config: Config) -> Any:
         """The base model of a configuration, without an adapter."""
@@ -172,17 +171,9 @@ class Shared:
             self._measured[key] = measure()
         return copy.deepcopy(self._measured[key])
 
-    def left_over(self, model: Any) -> int:
-        """Bytes in use just before training that a run by itself would not have: other bases, and what earlier jobs
-        have left in the process. Taken off the peak, a job's memory compares with that of the first."""
-        from lorafit.machine import resident_bytes
-
-        now = resident_bytes(next(model.parameters()).device) - _bytes_of(model)
-        if self._first is None:
-            self._first = now
-        return max(0, now - self._first)
-
-    def _idle_bytes(self) -> int:
+    @property
+    def idle_bytes(self) -> int:
+        """What bases occupy that the job at hand does not use."""
         return sum(base.bytes for base in self._bases.values())
 
     def give_back(self) -> None:
@@ -208,7 +199,7 @@ class Shared:
 
     def _make_room(self, config: Config) -> None:
         """Drop idle bases, the one that was used longest ago first, until they are small beside what is free."""
-        while self._bases and self._idle_bytes() > IDLE_SHARE * _free_bytes(config):
+        while self._bases and self.idle_bytes > IDLE_SHARE * _free_bytes(config):
             self._bases.pop(next(iter(self._bases)))
             _collect()
 

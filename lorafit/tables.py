@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -17,9 +15,9 @@ from lorafit.datamodule import FinetuneDataModule
 from lorafit.inject import adapter_modules, lora_layers, trained_biases
 from lorafit.isolation import Isolation
 from lorafit.lora import TrainedCopy
-from lorafit.memory import human
 from lorafit.module import FinetuneModule
 from lorafit.quant import BaseReport
+from lorafit.terminal import human, number, shorten, visible
 
 
 def start_table(
@@ -228,15 +226,6 @@ def data_notes(data: FinetuneDataModule, packing: Isolation | None = None) -> li
     return notes
 
 
-# what would move the cursor, clear the screen, or turn the direction of the text around it
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    """A text of somebody's data for the terminal: what is not to be printed is shown as what it is."""
-    return _CONTROLS.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
-
-
 _STATES = {"trained": "bold green", "masked": "dim", "cut": "red strike"}
 
 
@@ -266,8 +255,8 @@ def audit_tables(found: Mapping[str, Any], colours: bool = True) -> list[Any]:
         for state, count, text in token_runs(example["tokens"]):
             shown = Text()
             # every other token is underlined, so that they can be told apart
-            for number, token in enumerate(example["tokens"][at : at + count]):
-                style = _STATES[state] + (" underline" if number % 2 else "")
+            for place, token in enumerate(example["tokens"][at : at + count]):
+                style = _STATES[state] + (" underline" if place % 2 else "")
                 shown.append(_lines_marked(token["text"]), style=style)
             table.add_row(state, str(count), shown if colours else Text(_lines_marked(text)))
             at += count
@@ -361,20 +350,3 @@ def samples_table(samples: Sequence[Mapping[str, str]], width: int = 200) -> Tab
         cells = (sample["prompt"], sample["before"], sample["after"], sample["reference"])
         table.add_row(*(escape(shorten(visible(cell), width)) for cell in cells))
     return table
-
-
-def shorten(text: str, width: int) -> str:
-    """The text, its middle left out when it is longer than width."""
-    text = text.strip()
-    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
-
-
-def number(value: Any) -> str:
-    """Four digits, or a dash for what was not measured."""
-    return "–" if value is None else f"{value:.4g}"
-
-
-def console(quiet: bool = False) -> Console:
-    """The terminal; in a file or a pipe lines are wide enough not to break tables."""
-    terminal = Console(quiet=quiet)
-    return terminal if terminal.is_terminal else Console(width=140, highlight=False, quiet=quiet)

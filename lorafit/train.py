@@ -138,12 +138,12 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
     from lorafit.data.checks import label_table
     from lorafit.evaluation import evaluate_loss
     from lorafit.inject import count_parameters, coverage, lora_layers
+    from lorafit.machine import return_free_memory
     from lorafit.memory import memory_by_part, reset_peak
     from lorafit.quant import base_report
     from lorafit.retention import measure_retention
     from lorafit.tables import (
         adapter_notes,
-        console,
         data_notes,
         path_counts,
         path_notes,
@@ -153,6 +153,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         start_table,
         stream_sentence,
     )
+    from lorafit.terminal import console
     from lorafit.trainer import JobDDP, build_trainer, quiet_libraries, total_steps
 
     terminal = console(quiet=not is_main_process())
@@ -249,7 +250,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         logger = stack.enter_context(open_logger(config, folder, sweep=job.sweep if job else None, history=rows))
         stack.enter_context(memory_errors(metrics))  # the logger is to hear what it was as well
         step_metrics = StepMetrics(config.trainer.log_every_n_steps)
-        memory = PagedOptimizerMemory(config.callbacks.memory_every_n_steps, shared.left_over(model))
+        memory = PagedOptimizerMemory(config.callbacks.memory_every_n_steps, shared.idle_bytes)
         callbacks: list[L.Callback] = [StopOnNonFinite(), step_metrics, memory]
         if config.callbacks.norms_every_n_steps:
             callbacks.append(AdapterNorms(config.callbacks.norms_every_n_steps))
@@ -271,6 +272,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             logger=[*([logger] if logger else []), History(folder, rows)],
             strategy=JobDDP(job_command(folder, config.resume)) if job and devices > 1 else "auto",
         )
+        return_free_memory()  # what measuring has left is no part of training
         reset_peak(device)
         try:
             trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
@@ -398,7 +400,7 @@ def in_order(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    from lorafit.checkpoint import write_json
+    from lorafit.files import write_json
 
     write_json(folder / "metrics.json", in_order(metrics))
 
@@ -444,7 +446,7 @@ def memory_metrics(memory: Any) -> dict[str, int | None]:
 
 
 def write_samples(path: Path, samples: list[dict[str, str]]) -> None:
-    from lorafit.checkpoint import write_atomically
+    from lorafit.files import write_atomically
 
     text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(path, lambda file: file.write(text.encode()) and None)

@@ -47,12 +47,13 @@ from lorafit.bench import (
     write_answer,
 )
 from lorafit.bench_table import add_speed
-from lorafit.checkpoint import write_json
 from lorafit.errors import reason
+from lorafit.files import write_json
 from lorafit.machine import describe_machine, memory_bandwidth, synchronize
-from lorafit.memory import human, memory_by_part
+from lorafit.memory import memory_by_part
 from lorafit.module import find_optimizer
 from lorafit.peers import Case, Source, installed, make_batch, random_model, supervised
+from lorafit.terminal import human
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = (str(Path(__file__).resolve()), "--child")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from lorafit.bench import SHAPES, run_child, shape_options
-from lorafit.checkpoint import write_atomically, write_json
+from lorafit.files import write_atomically, write_json
 from lorafit.machine import describe_machine
 from lorafit.peers import Case, Source
 

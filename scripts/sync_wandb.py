@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorafit.checkpoint import write_atomically
+from lorafit.files import write_atomically
 
 # The file of a run: 7 bytes, then blocks, in them chunks behind (crc, length, kind); a record is one chunk or several.
 HEADER, BLOCK, CHUNK = 7, 32768, struct.Struct("<IHB")

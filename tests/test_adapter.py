@@ -19,10 +19,11 @@ from test_inject import CAUSAL, Nets
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from lorafit import adapter, checkpoint
+from lorafit import adapter, files
 from lorafit.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, base_fingerprint, load_adapter, save_adapter
-from lorafit.checkpoint import load_checkpoint, save_checkpoint, write_atomically, write_json
+from lorafit.checkpoint import load_checkpoint, save_checkpoint
 from lorafit.errors import InputError
+from lorafit.files import write_atomically, write_json
 from lorafit.inject import inject_lora, lora_layers, lora_state_dict, mark_only_lora_as_trainable, merge_lora
 from lorafit.loading import load_base_model
 
@@ -368,7 +369,7 @@ def test_a_new_adapter_replaces_the_old_one_and_keeps_files_of_others(
     tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_step: bool
 ) -> None:
     if not one_step:  # a system without renameat2
-        monkeypatch.setattr(checkpoint.ctypes, "CDLL", lambda _: object())
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda _: object())
     model, folder = trained(tiny_llama()), tmp_path / "a"
     save_adapter(model, folder)
     (folder / "tokenizer.json").write_text("mine")
@@ -389,7 +390,7 @@ def test_without_the_one_step_swap_a_failure_in_between_puts_the_old_folder_back
     for path in (old, new):
         path.mkdir()
         (path / "file").write_text(path.name)
-    monkeypatch.setattr(checkpoint.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: object())
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
@@ -399,7 +400,7 @@ def test_without_the_one_step_swap_a_failure_in_between_puts_the_old_folder_back
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="refused"):
-        checkpoint.replace_folder(new, old)
+        files.replace_folder(new, old)
     assert (old / "file").read_text() == "folder"
 
 

@@ -32,8 +32,9 @@ from lorafit.callbacks.progress import clock
 from lorafit.checkpoint import load_checkpoint
 from lorafit.data import ResumableLoader
 from lorafit.errors import DivergedError, Stopped
-from lorafit.memory import human, memory_by_part
+from lorafit.memory import memory_by_part
 from lorafit.module import FinetuneModule
+from lorafit.terminal import human
 from lorafit.trainer import build_trainer, quiet_libraries
 
 SEQUENCES = [{"input_ids": [3 + i, 5, 7, 11], "labels": [-100, 5, 7, 11]} for i in range(8)]

@@ -15,7 +15,7 @@ import lorafit
 PACKAGE = Path(lorafit.__file__).parent
 FLOORS = {
     0: (
-        *("cache", "copies", "data", "elementwise", "embedded", "errors", "fingerprint"),
+        *("cache", "copies", "data", "elementwise", "embedded", "errors", "files", "fingerprint", "terminal"),
         *("fourbit", "loading", "quant", "rounding", "weights"),
     ),
     1: ("lora", "loss", "fused", "checkpointing"),
@@ -28,7 +28,7 @@ FLOORS = {
     5: ("callbacks",),
     6: (
         *("train", "build", "measuring", "config", "launch", "explain", "schema", "tables", "audit_page", "__main__"),
-        *("sweep", "supervisor", "report_runs", "report_choice", "report_page", "report_charts"),
+        *("sweep", "supervisor", "reporting"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench", "bench_table", "peers"),
     ),
 }
@@ -96,6 +96,7 @@ def test_parts_of_one_floor_do_not_import_each_other_in_a_circle() -> None:
         ("trl", {"lorafit.peers"}),
         ("litgpt", {"lorafit.peers"}),
         ("unsloth", {"lorafit.peers"}),
+        ("plotly", {"lorafit.reporting.charts"}),
     ],
 )
 def test_a_library_lives_in_one_file(library: str, homes: set[str]) -> None:

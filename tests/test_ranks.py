@@ -28,9 +28,9 @@ from lorafit.evaluation import evaluate_loss
 from lorafit.inject import adapters_off, inject_lora, lora_layers, lora_state_dict
 from lorafit.loading import load_base_model
 from lorafit.measuring import retention_text
-from lorafit.memory import human
 from lorafit.ranks import even_ranks, ranks_picture, ranks_tables, recommend, study, untried, verdict
 from lorafit.spectrum import cut
+from lorafit.terminal import human
 
 TinyLlama = Callable[..., LlamaForCausalLM]
 QUICK = (

@@ -36,8 +36,8 @@ from lorafit.adapter.files import (
     weights_file,
 )
 from lorafit.adapter.options import AdapterConfig, adapted_names, parse, write
-from lorafit.checkpoint import replace_folder, write_atomically, write_json
 from lorafit.errors import InputError, did_you_mean
+from lorafit.files import replace_folder, write_atomically, write_json
 from lorafit.fingerprint import fingerprint_of
 from lorafit.inject import (
     adapter_modules,

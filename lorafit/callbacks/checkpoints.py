@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 
-from lorafit.checkpoint import write_atomically
+from lorafit.files import write_atomically
 from lorafit.module import FinetuneModule
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lorafit.checkpoint import write_atomically
+from lorafit.files import write_atomically
 
 NAME = "history.jsonl"
 

@@ -12,8 +12,9 @@ from typing import Any
 import lightning as L
 from torch.optim import Optimizer
 
-from lorafit.memory import human, memory_by_part, peak_bytes
+from lorafit.memory import memory_by_part, peak_bytes
 from lorafit.module import FinetuneModule
+from lorafit.terminal import human
 
 log = logging.getLogger(__name__)
 

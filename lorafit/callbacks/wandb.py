@@ -31,8 +31,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
-from lorafit.checkpoint import write_atomically
 from lorafit.errors import InputError, Paused, reason
+from lorafit.files import write_atomically
 
 STEP = "trainer/global_step"  # what everything is drawn over, in the words of Lightning's logger
 

@@ -21,8 +21,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from lorafit.adapter import load_adapter, read_record
-from lorafit.checkpoint import replace_folder, write_atomically, write_json
 from lorafit.errors import InputError, reason
+from lorafit.files import replace_folder, write_atomically, write_json
 from lorafit.inject import adapter_modules
 from lorafit.merging.candidates import DEQUANTIZED, REQUANTIZED, Candidate
 from lorafit.merging.files import write_shards

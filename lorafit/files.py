@@ -1,0 +1,79 @@
+"""Writing files that matter.
+
+A file is written under a temporary name in its own folder, flushed to the disk and renamed: a kill at any moment
+leaves the file that was there or the new one, never half of it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write` with a file that becomes `path` once it is complete and on the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(draft, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Put the complete folder `draft` where `folder` is. What only `folder` holds is kept."""
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    _exchange(draft, folder)
+    for path in draft.iterdir():
+        if not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    shutil.rmtree(draft)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: in a single step where the system has one (Linux), else one rename after the other."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    if renameat2 and renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return
+    aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=f".{other.name}-old-")) / other.name
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except BaseException:
+        aside.rename(other)
+        raise
+    aside.rename(one)
+    aside.parent.rmdir()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically. Numbers that JSON lacks (NaN, infinity) become null."""
+    text = json.dumps(_json_numbers(value), indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _json_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_numbers(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,42 @@
+"""How things are said to a person: numbers, bytes, texts of strangers. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich.console import Console
+
+# what would move the cursor, clear the screen, or turn the direction of the text around it
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text of somebody's data for the terminal: what is not to be printed is shown as what it is."""
+    return _CONTROLS.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
+
+
+def shorten(text: str, width: int) -> str:
+    """The text, its middle left out when it is longer than width."""
+    text = text.strip()
+    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+
+
+def number(value: Any) -> str:
+    """Four digits, or a dash for what was not measured."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def console(quiet: bool = False) -> Console:
+    """The terminal; in a file or a pipe lines are wide enough not to break tables."""
+    terminal = Console(quiet=quiet)
+    return terminal if terminal.is_terminal else Console(width=140, highlight=False, quiet=quiet)
+
+
+def human(count: float) -> str:
+    """Bytes for a person: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
