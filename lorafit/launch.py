@@ -161,6 +161,7 @@ def _on_folder(overrides: list[str], key: str) -> list[str]:
         overrides.append(f"hydra.run.dir={quoted(folder)}")
     if not any(text.startswith("hydra.output_subdir=") for text in overrides):
         overrides.append("hydra.output_subdir=null")  # it may be a run itself, whose settings stay
+    overrides.append("++hydra.job_logging.handlers.file.delay=true")  # no file in it where there is nothing to log
     return overrides
 
 
