@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -257,9 +258,7 @@ def open_logger(
     if settings is None or not is_main_process():
         return contextlib.nullcontext()
     if settings.type == "csv":
-        from lightning.pytorch.loggers import CSVLogger
-
-        return contextlib.nullcontext(CSVLogger(folder, name="csv", version=""))
+        return _csv_logger(folder, history)
     from lorafit.callbacks.wandb import wandb_logger
 
     assert settings.mode is not None and settings.project is not None
@@ -275,6 +274,21 @@ def open_logger(
         sweep=sweep,
         history=history,
     )
+
+
+@contextlib.contextmanager
+def _csv_logger(folder: Path, history: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    """Lightning's CSV logger, which begins its file anew: with what a resumed run has logged so far."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    shutil.rmtree(folder / "csv", ignore_errors=True)  # it would warn that it does so
+    logger = CSVLogger(folder, name="csv", version="")
+    for row in history:
+        logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+    try:
+        yield logger
+    finally:
+        logger.save()
 
 
 def _sweep_name(folder: Path) -> str:

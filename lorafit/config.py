@@ -67,7 +67,9 @@ def _job_folder(overrides: Sequence[str], fixed: Sequence[str] | None, number: A
     for key, _, value in varied or [pair for pair in pairs if pair[0] != "sweep"]:
         plain = re.sub(r"['\"\[\] ]", "", value).replace(",", "+")
         safe = re.sub(r"[^\w.+-]", "_", plain)
-        exact = exact and safe == plain
+        # an outer bracket or quotation mark says nothing; any other sign that is left out may tell two jobs apart
+        same = value in (plain, f"[{plain.replace('+', ',')}]", f"'{plain}'", f'"{plain}"')
+        exact = exact and safe == plain and same and not ("+" in value and "," in value)
         parts.append(f"{key.replace('/', '.')}={safe}")
     name = ",".join(parts)
     if not exact or len(name) > 120:

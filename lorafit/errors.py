@@ -56,6 +56,9 @@ class Stopped(BaseException):
         self.signum = signum
         self.exit_code = 128 + signum
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return type(self), (self.signum,)  # from a worker of a parallel launcher
+
 
 class Paused(BaseException):
     """Training has come to the step at which it was to stop, and its checkpoint is written."""

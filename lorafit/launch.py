@@ -11,12 +11,15 @@ better ones go on from where they stand.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import json
 import logging
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import traceback
@@ -37,13 +40,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lorafit.config import VERSION_BASE, postpone, prepare, quoted, typed
-from lorafit.errors import InputError, LorafitError, Stopped, near_path, reason
+from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped, near_path
 from lorafit.explain import explain
+from lorafit.files import write_atomically, write_json
 from lorafit.schema import CONF, Config, check, to_dict
-from lorafit.supervisor import IN_PROCESS, Roll, death, serve, supervise
+from lorafit.supervisor import IN_PROCESS, Roll, death, handling, serve, supervise
+from lorafit.terminal import say
 
 Run = Callable[[Config, Path], float | None]
 RunJob = Callable[[Config, Path, Path, float | None], float | None]
+_COMMANDS = "sweep.json"  # in a sweep's folder: the commands that began it
 _failures = logging.getLogger("lorafit.failure")  # goes to the log file alone, see conf/train.yaml
 
 
@@ -62,19 +68,22 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding than the data
     hydra.version.setbase(VERSION_BASE)
     parser = get_args_parser()
-    arguments = parser.parse_intermixed_args()
+    jobs = _Jobs(run, job)
+    try:
+        arguments = parser.parse_intermixed_args(_replay_sweep(sys.argv[1:]))
+    except LorafitError as error:
+        _end(name, str(error), error.exit_code)
     overrides = arguments.overrides
     if arguments.experimental_rerun:
         _end(name, "--experimental-rerun is not supported: use resume=RUN", InputError.exit_code)
     own = import_module(f"lorafit.{name}") if _is_main(name) else None
     if own is not None:  # the workers of a parallel launcher find what it calls under the module's own name
-        run, job = getattr(own, run.__name__), job and getattr(own, job.__name__)
-    jobs = _Jobs(run, job)
+        jobs = _Jobs(getattr(own, run.__name__), job and getattr(own, job.__name__))
     try:
         if folder_key is not None:
             overrides = _on_folder(overrides, folder_key)
         overrides = prepare(overrides)
-        overrides, arguments.multirun = _replay(overrides, arguments.multirun)
+        overrides = _replay(overrides, arguments.multirun)
         plan = None if _only_shows(arguments) else _plan(arguments, overrides)
         first = [f"hydra.job.name={name}", *_name_jobs(overrides)]
         if arguments.multirun or plan is not None:
@@ -82,6 +91,9 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
         if plan is not None:
             overrides = [text for text in overrides if not text.startswith("hydra.sweep.dir=")]
             overrides.append(f"hydra.sweep.dir={quoted(plan.folder)}")
+            if job is not None:  # which writes down its settings itself
+                overrides = [text for text in overrides if not text.startswith("hydra.output_subdir=")]
+                overrides.append("hydra.output_subdir=null")
         arguments.overrides = [*first, *overrides]
         if plan is None:
             _run_hydra(arguments, parser, jobs, str(CONF), "train")
@@ -113,39 +125,67 @@ def _is_main(name: str) -> bool:
 
 
 def _end(name: str, message: str, code: int) -> NoReturn:
-    print(f"lorafit {name}: {message}", file=sys.stderr, flush=True)
+    say(f"lorafit {name}: {message}", error=True)
     sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
-def _replay(overrides: list[str], multirun: bool) -> tuple[list[str], bool]:
-    """`resume=RUN` means RUN's own overrides, then the ones given now, and goes on in RUN's own folder; the same with
-    the folder of a sweep. Also returns whether this is one."""
-    folder = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
-    path = Path(folder).expanduser()
-    recorded, swept = path / ".hydra" / "overrides.yaml", path / "multirun.yaml"
-    here = quoted(str(path))
-    if folder and recorded.is_file() and not multirun:
-        before = [text for text in yaml.safe_load(recorded.read_text()) or [] if text[:7] != "resume="]
-        # the run may be one job of a sweep file, which is not to be swept again
-        # and what it was started with stays as it is: these overrides may turn out to be wrong
-        return [f"hydra.run.dir={here}", *before, *overrides, "hydra.mode=RUN", "hydra.output_subdir=null"], False
-    if folder and swept.is_file():
-        try:
-            before = yaml.safe_load(swept.read_text())["hydra"]["overrides"]["task"]
-        except (yaml.YAMLError, KeyError, TypeError) as error:
-            raise InputError(f"resume: {swept} does not say what was swept ({reason(error)})") from None
-        given = [text for text in overrides if not text.startswith("resume=")]
-        # hydra.* is not among what a sweep records; the file of a sweep is, by its name
-        return [*before, *given, f"hydra.sweep.dir={here}"], True
-    return overrides, multirun
+def _replay(overrides: list[str], multirun: bool) -> list[str]:
+    """`resume=RUN` means RUN's own overrides, then the ones given now, and goes on in RUN's own folder."""
+    folder = _resumed(overrides)
+    recorded = folder / ".hydra" / "overrides.yaml" if folder is not None else None
+    if multirun or recorded is None or not recorded.is_file():
+        return overrides
+    before = [text for text in yaml.safe_load(recorded.read_text()) or [] if text[:7] != "resume="]
+    # the run may be one job of a sweep file, which is not to be swept again
+    # and what it was started with stays as it is: these overrides may turn out to be wrong
+    return [f"hydra.run.dir={quoted(str(folder))}", *before, *overrides, "hydra.mode=RUN", "hydra.output_subdir=null"]
+
+
+def _resumed(overrides: list[str]) -> Path | None:
+    given = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
+    return Path(given).expanduser() if given else None
+
+
+def _replay_sweep(arguments: list[str]) -> list[str]:
+    """`resume=SWEEP` means the command that began the sweep (the last one, of several), then what is given now.
+
+    Only settings of lorafit are taken over: Hydra's own, such as the commands that a launcher runs on a node, are not
+    to come out of a folder that may be a stranger's.
+    """
+    folder = _resumed(arguments)
+    if folder is None or not (folder / _COMMANDS).is_file():
+        return arguments
+    try:
+        before = json.loads((folder / _COMMANDS).read_text())[-1]
+        assert isinstance(before, list) and all(isinstance(text, str) for text in before)
+    except (ValueError, LookupError, AssertionError):
+        raise InputError(f"resume: {folder / _COMMANDS} does not say what was swept: give the command again") from None
+    mine = [text for text in before if re.match(r"[\w/.+~@]+=", text) and not text.startswith("hydra")]
+    mine += [text for text in before if text.startswith("hydra.sweep.subdir=")]
+    left = [text for text in before if text not in (*mine, "-m", "--multirun") and text[:16] != "hydra.sweep.dir="]
+    if left and not set(left) <= set(arguments):
+        say(f"not taken over from {folder / _COMMANDS}, so give it again where it is to hold: {shlex.join(left)}")
+    given = [text for text in arguments if not text.startswith("resume=")]
+    return ["-m", *mine, *given, f"hydra.sweep.dir={quoted(str(folder))}"]
+
+
+def _note_command(folder: Path) -> None:
+    """Keep in a sweep's folder by which command it goes on."""
+    path, before = folder / _COMMANDS, []
+    if path.is_file():
+        with contextlib.suppress(ValueError):
+            before = json.loads(path.read_text())
+    given = [text for text in sys.argv[1:] if not text.startswith("resume=")]
+    if _resumed(sys.argv[1:]) is None and given not in before[-1:]:
+        write_json(path, [*before, given])
 
 
 def _on_folder(overrides: list[str], key: str) -> list[str]:
     """The overrides with the folder that was given without its key, and with the run folder there."""
-    plain = [text for text in overrides if "=" not in text and not text.startswith("~")]
+    plain = [text for text in overrides if os.path.isdir(text) or ("=" not in text and not text.startswith("~"))]
     if len(plain) > 1:
         raise InputError(f"one folder at a time, got {', '.join(plain)}")
     overrides = [text for text in overrides if text not in plain] + [f"{key}={quoted(text)}" for text in plain]
@@ -158,6 +198,10 @@ def _on_folder(overrides: list[str], key: str) -> list[str]:
         raise InputError(f"{key}: {folder!r}: {what}.{near_path(folder)}")
     overrides = [text for text in overrides if not text.startswith(f"{key}=")] + [f"{key}={quoted(folder)}"]
     if not any(text.startswith("hydra.run.dir=") for text in overrides):
+        if not os.access(folder, os.W_OK):
+            raise InputError(
+                f"{key}: {folder!r} cannot be written to: give hydra.run.dir=OTHER for what is to be written"
+            )
         overrides.append(f"hydra.run.dir={quoted(folder)}")
     if not any(text.startswith("hydra.output_subdir=") for text in overrides):
         overrides.append("hydra.output_subdir=null")  # it may be a run itself, whose settings stay
@@ -234,20 +278,31 @@ class _Jobs:
         self.among: set[int] | None = None
 
     def __call__(self, values: DictConfig) -> float | None:
+        global _running
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
-        if hydra_config.mode == RunMode.MULTIRUN:
-            return self._in_sweep(values, hydra_config, folder)
+        _running = (values, hydra_config)
         try:
-            return self.run(_checked(values, hydra_config, folder), folder)
+            if hydra_config.mode == RunMode.MULTIRUN:
+                return self._in_sweep(values, hydra_config, folder)
+            return self._alone(values, hydra_config, folder)
+        except (Stopped, KeyboardInterrupt) as stop:
+            _failures.error("%s", str(stop) or "interrupted")
+            raise
+        finally:
+            _running = None
+
+    def _alone(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
+        try:
+            config = _checked(values, hydra_config)
+            if hydra_config.output_subdir is not None:
+                record_settings(folder, config)
+            return self.run(config, folder)
         except Exception as error:
             _log_failure(error)
             error.add_note(f"in the job of {folder}")
             self.error = error
             return None
-        except (Stopped, KeyboardInterrupt) as stop:
-            _failures.error("%s", str(stop) or "interrupted")
-            raise
 
     def _in_sweep(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
         number, self.sweep = hydra_config.job.num, Path(hydra_config.sweep.dir)
@@ -258,59 +313,96 @@ class _Jobs:
         entry = self.roll.read(self.rung, number)
         if entry is not None and entry["name"] != folder.name:
             entry = None  # of a sweeper that does not ask for the same jobs again
-        if entry is not None and entry["ended"] and "killed" not in entry:
-            return entry.get("objective")  # done by a worker that was killed at a later job
-        print(f"\njob {number}: {folder.name}  ->  {folder}", flush=True)
-        if entry is None:
+        if entry is not None and entry["ended"] and "died" not in entry:
+            return entry.get("objective")  # done by a worker that died at a later job
+        say(f"\njob {number}: {folder.name}  ->  {folder}")
+        if entry is not None and _record_death(folder, said := death(entry.get("died", -9))[0]):
+            entry |= {"error": said, "exit_code": death(entry.pop("died", -9))[1]}
+            say(f"job {number} failed: {said}", error=True)
+        else:
             entry = {"name": folder.name, "folder": str(folder), "ended": False}
             self.roll.write(self.rung, number, entry)
             entry |= self._run(values, hydra_config, folder)
-        else:  # the worker before this one died while it ran this job
-            entry |= {"error": death(entry.get("killed", 9)), "exit_code": 128 + entry.get("killed", 9)}
-            _record_death(folder, entry["error"])
-            print(f"job {number} failed: {entry['error']}", file=sys.stderr, flush=True)
         self.roll.write(self.rung, number, entry | {"ended": True})
         return entry.get("objective", math.inf)
 
     def _run(self, values: DictConfig, hydra_config: Any, folder: Path) -> dict[str, Any]:
         assert self.sweep is not None
         try:
-            config = _checked(values, hydra_config, folder)
-            if self.job is None:
-                return {"objective": self.run(config, folder)}
-            return {"objective": self.job(config, folder, self.sweep, self.until)}
+            config = _checked(values, hydra_config)
+            if self.job is not None:
+                return {"objective": self.job(config, folder, self.sweep, self.until)}
+            record_settings(folder, config)
+            return {"objective": self.run(config, folder)}
         except Exception as error:
             _log_failure(error)
             said = str(error) if isinstance(error, LorafitError) else traceback.format_exc()
-            print(f"job {hydra_config.job.num} failed: {said}", file=sys.stderr, flush=True)
+            say(f"job {hydra_config.job.num} failed: {said}", error=True)
             _free(error)
             told = str(error) if isinstance(error, LorafitError) else f"{type(error).__name__}: {error}"
+            if self.job is not None and not (folder / "metrics.json").exists():  # refused before it was called
+                _record_refusal(folder, told)
             return {"error": told, "exit_code": getattr(error, "exit_code", 1)}
-        except (Stopped, KeyboardInterrupt) as stop:
-            _failures.error("%s", str(stop) or "interrupted")
-            raise
+        except SystemExit as end:
+            said = f"something in it ended the program (exit code {end.code})"
+            say(f"job {hydra_config.job.num} failed: {said}", error=True)
+            return {"error": said, "exit_code": 1}
 
 
-def _checked(values: DictConfig, hydra_config: Any, folder: Path) -> Config:
+_running: tuple[DictConfig, Any] | None = None  # the job at hand: its configuration as composed, and Hydra's own
+
+
+def _checked(values: DictConfig, hydra_config: Any) -> Config:
     config = typed(values, hydra_config.overrides.task)
     check(config)
-    if hydra_config.output_subdir is not None:
-        resolved = folder / hydra_config.output_subdir / "resolved.yaml"
-        resolved.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
     return config
+
+
+def record_settings(folder: Path, config: Config) -> None:
+    """Write down in .hydra by what settings the run in `folder` goes. Hydra does so before anybody has looked at what
+    is in the folder; a job of a sweep and a run that is gone on with do it themselves, when they begin."""
+    if _running is None:
+        return  # called as a function, not as a program
+    values, hydra_config = _running
+    given = [text for text in hydra_config.overrides.task if not text.startswith("resume=")]
+    given = list({text.partition("=")[0]: text for text in given}.values())  # of what was said twice, the last
+    home = folder / ".hydra"
+    for name, content in (
+        ("config.yaml", OmegaConf.to_yaml(values)),
+        ("hydra.yaml", OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_config}))),
+        ("overrides.yaml", yaml.safe_dump(given, sort_keys=False) if given else "[]\n"),
+        ("resolved.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))),
+    ):
+        write_atomically(home / name, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
+
+
+def config_folder() -> str | None:
+    """The user's own folder of settings that the job at hand was composed with (--config-dir)."""
+    sources = [] if _running is None else _running[1].runtime.config_sources
+    return next((source.path for source in sources if source.provider == "command-line"), None)
 
 
 def _log_failure(error: Exception) -> None:
     _failures.error("%s", error, exc_info=not isinstance(error, LorafitError))
 
 
-def _record_death(folder: Path, said: str) -> None:
-    """Put into metrics.json, which says "interrupted" since the job began to train, why it ended."""
-    from lorafit.files import write_json
+def _record_death(folder: Path, said: str) -> bool:
+    """Put into metrics.json why the process of a job died. False where the job had ended before that."""
     from lorafit.sweep import read_metrics
 
-    if (metrics := read_metrics(folder)).get("status") == Stopped.status:
-        write_json(folder / "metrics.json", metrics | {"error": said})
+    metrics = read_metrics(folder)
+    if metrics.get("status") in ("completed", DivergedError.status, MemoryExhausted.status):
+        return False
+    if metrics:  # else it had not begun to train
+        write_json(folder / "metrics.json", metrics | {"status": Stopped.status, "error": said})
+    return True
+
+
+def _record_refusal(folder: Path, said: str) -> None:
+    if _running is not None:
+        given = yaml.safe_dump(list(_running[1].overrides.task), sort_keys=False)
+        write_atomically(folder / ".hydra" / "overrides.yaml", lambda file: file.write(given.encode()))
+    write_json(folder / "metrics.json", {"status": "failed", "error": said})
 
 
 def _free(error: BaseException | None) -> None:
@@ -334,12 +426,15 @@ def _sweep(name: str, plan: _Plan, jobs: _Jobs, run_hydra: Callable[[], None]) -
             if plan.basic and jobs.job is not None and not {IN_PROCESS, "LOCAL_RANK"} & os.environ.keys():
                 folder = f"hydra.sweep.dir={quoted(plan.folder)}"
                 jobs.sweep = Path(plan.folder)
+                _note_command(jobs.sweep)
                 code = supervise([sys.executable, "-m", f"lorafit.{name}", *sys.argv[1:], folder], roll)
                 if code < 0:
                     _end(name, f"stopped by {signal.Signals(-code).name}{_way_on(name, jobs)}", 128 - code)
                 if code:
                     sys.exit(code)
                 return
+            if jobs.job is not None:
+                _note_command(Path(plan.folder))
             _run_jobs(name, plan, jobs, roll, run_hydra)
         finally:
             roll.end()
@@ -349,53 +444,72 @@ def _sweep(name: str, plan: _Plan, jobs: _Jobs, run_hydra: Callable[[], None]) -
 
 def _run_jobs(name: str, plan: _Plan, jobs: _Jobs, roll: Roll, run_hydra: Callable[[], None]) -> None:
     jobs.roll, jobs.sweep = roll, Path(plan.folder)
-    jobs.until = None if plan.factor is None else plan.first
+    jobs.until = None if plan.factor is None or jobs.job is None else plan.first
     while True:
         try:
-            run_hydra()
+            # the jobs of another launcher run elsewhere: an end of this process is to reach them too
+            with contextlib.nullcontext() if plan.basic else handling((signal.SIGTERM,), _stop):
+                run_hydra()
         except Exception as error:
             if not roll.entries():
                 raise
             # a parallel launcher has lost a worker
-            _end(name, f"the launcher gave up: {reason(error)}\n{_tell(roll)}{_way_on(name, jobs)}", 1)
+            said = " ".join(str(error).split())[:400] or type(error).__name__
+            _end(name, f"the launcher gave up: {said}\n{_tell(roll)}{_way_on(name, jobs)}", 1)
         if jobs.until is None:
             break
         _next_rung(plan, jobs, roll)
     _conclude(name, jobs)
 
 
+def _stop(signum: int, _: object) -> NoReturn:
+    raise Stopped(signum)
+
+
 def _conclude(name: str, jobs: _Jobs) -> None:
     """Tell how the sweep went; after a failure the process ends with the exit code of the first."""
-    assert jobs.roll is not None
+    assert jobs.roll is not None and jobs.sweep is not None
     entries = jobs.roll.entries()
     failed = [entry for entry in entries.values() if "error" in entry]
     if failed:
         several = len({number for _, number in entries}) > 1
         _end(name, _tell(jobs.roll) if several else failed[0]["error"], failed[0]["exit_code"])
     if jobs.job is not None:
-        print(f"\nall jobs are done. What they say together: python -m lorafit.report {jobs.sweep}", flush=True)
+        others = _not_ended(jobs.sweep, {entry["name"] for entry in entries.values()})
+        if others:
+            say(f"\nbegun by another command, and not at their end: {', '.join(others)}")
+        say(f"\nall jobs are done. What they say together: python -m lorafit.report {shlex.quote(str(jobs.sweep))}")
+
+
+def _not_ended(sweep: Path, asked: set[str]) -> list[str]:
+    """The jobs of a sweep's folder that this command did not ask for, and that were stopped before their end."""
+    from lorafit.sweep import read_metrics
+
+    folders = sorted(path.parent for path in sweep.glob("*/metrics.json") if path.parent.name not in asked)
+    return [folder.name for folder in folders if read_metrics(folder).get("status") == Stopped.status]
 
 
 def _next_rung(plan: _Plan, jobs: _Jobs, roll: Roll) -> None:
-    """Choose who goes on: the better 1 / factor of those that came so far."""
+    """Choose who goes on: the better 1 / factor of those that stand at this rung, and those that stand beyond it."""
     assert plan.factor is not None and jobs.until is not None
-    results = {number: entry.get("objective") for (_, number), entry in roll.entries(jobs.rung).items()}
-    ranked = sorted((loss, number) for number, loss in results.items() if loss is not None and math.isfinite(loss))
+    results = {number: entry for (_, number), entry in roll.entries(jobs.rung).items() if "error" not in entry}
+    beyond = {number for number, entry in results.items() if math.isnan(entry["objective"])}
+    ranked = sorted((results[number]["objective"], number) for number in results.keys() - beyond)
+    ranked = [item for item in ranked if math.isfinite(item[0])]
     going = ranked[: math.ceil(len(ranked) / plan.factor)]
-    jobs.among = {number for _, number in going}
+    jobs.among = {number for _, number in going} | beyond
     until = jobs.until * plan.factor
-    jobs.until = None if until >= 1 or len(going) <= 1 else until
+    jobs.until = None if until >= 1 or len(jobs.among) <= 1 else until
     jobs.rung += 1
     if len(ranked) > len(going):
-        names = {number: entry["name"] for (_, number), entry in roll.entries(jobs.rung - 1).items()}
-        chosen = ", ".join(f"{names[number]} ({loss:.4g})" for loss, number in going)
-        print(f"\nhalving: {len(going)} of {len(ranked)} jobs go on: {chosen}", flush=True)
+        chosen = ", ".join(f"{results[number]['name']} ({loss:.4g})" for loss, number in going)
+        say(f"\nhalving: {len(going)} of {len(ranked)} jobs go on: {chosen}")
 
 
 def _tell(roll: Roll) -> str:
     entries = roll.entries()
     failed = {number: entry for (_, number), entry in entries.items() if "error" in entry or not entry["ended"]}
-    lines = [f"  {entry['name']}: {entry.get('error', 'it did not end')}" for entry in failed.values()]
+    lines = [f"  {entry['name']}: {entry.get('error', 'it has not ended, or still runs')}" for entry in failed.values()]
     return "\n".join([f"{len(failed)} of {len({number for _, number in entries})} jobs failed:", *lines])
 
 
@@ -403,4 +517,10 @@ def _way_on(name: str, jobs: _Jobs) -> str:
     """How a sweep that was stopped goes on."""
     if jobs.job is None or jobs.sweep is None:
         return ""
-    return f"\nThe sweep goes on with: python -m lorafit.{name} resume={jobs.sweep}"
+    kept = [text for text in sys.argv[1:] if not text.startswith(("hydra.sweep.dir=", "resume="))]
+    if _resumed(sys.argv[1:]) is not None:
+        kept = []  # the command that began it is in the folder
+        where = f"resume={jobs.sweep}"
+    else:
+        where = f"hydra.sweep.dir={quoted(str(jobs.sweep))}"
+    return f"\nThe sweep goes on with: python -m lorafit.{name} {shlex.join([*kept, where])}"

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Roll:
     """The jobs of one command: an entry each, by (rung, number), as a file that is written whole.
 
     An entry holds name and folder of the job from its beginning, and at its end either its objective or error and
-    exit_code; "killed", a signal, where its process died.
+    exit_code; "died" where its process ended with it: an exit code, or minus a signal, until the job is told of.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -42,21 +43,23 @@ class Roll:
     def begin(cls, sweep: str | Path) -> Roll:
         """A new roll in the folder of a sweep. Those of commands that were killed on this machine are removed."""
         host = socket.gethostname()
+        Path(sweep).mkdir(parents=True, exist_ok=True)
         for left in Path(sweep).glob(f".roll-{host}-*"):
-            with contextlib.suppress(ValueError):
-                if not _alive(int(left.name.rpartition("-")[2])):
-                    shutil.rmtree(left, ignore_errors=True)
-        folder = Path(sweep) / f".roll-{host}-{os.getpid()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder)
+            pid = left.name.removeprefix(f".roll-{host}-").partition("-")[0]
+            # in a container that was started again, this process may well have the number of the one that was killed
+            if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+                shutil.rmtree(left, ignore_errors=True)
+        return cls(tempfile.mkdtemp(prefix=f".roll-{host}-{os.getpid()}-", dir=sweep))
 
     def end(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, rung: int, number: int, entry: dict[str, Any]) -> None:
+        """Keep an entry; nothing where the command has ended before its job, and nobody will read it."""
         draft = self.folder / f".{rung}-{number}"
-        draft.write_text(json.dumps(entry))
-        draft.replace(self.folder / f"{rung}-{number}.json")
+        with contextlib.suppress(FileNotFoundError):
+            draft.write_text(json.dumps(entry))
+            draft.replace(self.folder / f"{rung}-{number}.json")
 
     def read(self, rung: int, number: int) -> dict[str, Any] | None:
         path = self.folder / f"{rung}-{number}.json"
@@ -89,28 +92,34 @@ def supervise(command: Sequence[str], roll: Roll) -> int:
     A signal to end is passed on to the worker, which saves a checkpoint first, and no new one is started.
     """
     asked: list[int] = []
+    passed_on = 0
     worker: subprocess.Popen[bytes] | None = None
 
     def pass_on(signum: int, _: object) -> None:
+        nonlocal passed_on
         asked.append(signum)
         if worker is not None:
-            worker.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+            passed_on = len(asked)
+            # while it still imports, an interrupt would show where it stood; and nothing else knows a hangup
+            begun = signum == signal.SIGTERM or (signum == signal.SIGINT and roll.entries())
+            worker.send_signal(signum if begun else signal.SIGTERM)
 
-    with _handling((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), pass_on):
+    with handling((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), pass_on):
         while True:
             # a group of its own, or a terminal would send it the signals of its keys a second time
             worker = subprocess.Popen(
                 command, env=os.environ | {ROLL: f"{os.getpid()}:{roll.folder.resolve()}"}, process_group=0
             )
-            if asked:  # it came before there was anybody to pass it on to
-                worker.send_signal(asked[-1])
+            if len(asked) > passed_on:  # it came before there was anybody to pass it on to
+                worker.terminate()
             code = worker.wait()
-            if code >= 0:
+            begun = roll.unfinished()
+            if asked and code == -signal.SIGTERM:  # it had nothing to save yet
+                return -asked[0]
+            if asked or not begun:
                 return code
-            if asked or not (begun := roll.unfinished()):
-                return code
-            for place, entry in begun.items():
-                roll.write(*place, entry | {"ended": True, "killed": -code})
+            for place, entry in begun.items():  # it ended in the middle of a job, by a signal or by itself
+                roll.write(*place, entry | {"ended": True, "died": code})
 
 
 def serve() -> Roll | None:
@@ -128,7 +137,7 @@ def serve() -> Roll | None:
 
 
 @contextlib.contextmanager
-def _handling(signums: Sequence[int], handler: Any) -> Iterator[None]:
+def handling(signums: Sequence[int], handler: Any) -> Iterator[None]:
     """Handle signals so; those that are ignored (`nohup`) stay so."""
     before = {signum: signal.getsignal(signum) for signum in signums}
     for signum, old in before.items():
@@ -141,9 +150,15 @@ def _handling(signums: Sequence[int], handler: Any) -> Iterator[None]:
             signal.signal(signum, old)
 
 
-def death(signum: int) -> str:
-    """What is said of a job whose process was killed."""
-    name = signal.Signals(signum).name if signum in {*signal.Signals} else f"signal {signum}"
-    if signum == signal.SIGKILL:
-        return "killed by SIGKILL: perhaps the machine ran out of memory. Called again, it goes on from its checkpoint"
-    return f"its process died by {name}. Called again, it goes on from its checkpoint"
+def death(code: int) -> tuple[str, int]:
+    """What is said of a job whose process ended with it, and the exit code that is told for it.
+
+    code: that of the process, or minus the signal that it died by.
+    """
+    way_on = "Called again, it goes on from its checkpoint"
+    if code >= 0:
+        return f"its process ended with exit code {code} in the middle of it. {way_on}", code or 1
+    name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
+    if -code == signal.SIGKILL:
+        return f"killed by SIGKILL: perhaps the machine ran out of memory. {way_on}", 128 - code
+    return f"its process died by {name}. {way_on}", 128 - code

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import gc
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 LOCK_SECONDS = 10.0  # how long a job waits for a process that is just ending
 IDLE_SHARE = 0.25  # of the memory that is free: so much may bases take that the job at hand does not use
+
+
+class Beyond(Exception):
+    """A job stands beyond the step at which it was to be looked at."""
 
 
 @dataclass
@@ -50,6 +55,11 @@ class Job:
         return stop if stop < total else None
 
 
+def sweep_of(folder: Path) -> Path | None:
+    """The folder of the sweep that a run folder is a job of."""
+    return folder.parent if (folder.parent / "multirun.yaml").is_file() else None
+
+
 def read_metrics(folder: Path) -> dict[str, Any]:
     """metrics.json of a folder; empty where there is none that can be read."""
     try:
@@ -60,13 +70,14 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def recorded_result(config: Config, folder: Path, until: float | None) -> float | None:
-    """The held-out loss of a job that needs no running any more, or None where it does.
+    """The held-out loss of a job that needs no running any more, or None where it does. NaN for one that has ended
+    where it was to be looked at before (`until`): it needs no running, and does not compare.
 
     Raises DivergedError or MemoryExhausted where that is how the job ended, and InputError where the folder holds a job
     of other settings.
     """
-    metrics = read_metrics(folder)
-    if not metrics:
+    metrics, begun = read_metrics(folder), (folder / "checkpoints" / "last.ckpt").is_file()
+    if not metrics or (metrics.get("status") == "failed" and not begun):
         return None
     if metrics.get("config_sha256") != config_sha256(config):
         raise InputError(f"{folder} holds a run of other settings: give another hydra.sweep.dir, or remove that folder")
@@ -74,7 +85,7 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     if until is not None and str(until) in rungs:
         return rungs[str(until)]
     if status == "completed":
-        return metrics["after"]["loss"]
+        return metrics["after"]["loss"] if until is None else math.nan
     for kind in (DivergedError, MemoryExhausted):
         if status == kind.status:
             raise kind(f"{metrics.get('error')} (recorded earlier; remove {folder} to run it anew)")
@@ -208,7 +219,7 @@ def _base_key(config: Config) -> str:
     values = to_dict(config)
     model = {key: value for key, value in values["model"].items() if key not in ("checkpointing", "fused", "compile")}
     drawn = config.seed if config.model.init == "random" else None
-    return json.dumps([model, values["quant"], drawn, device_name(config)])
+    return json.dumps([model, values["quant"], drawn, device_name(config), _file_state(config.model.name)])
 
 
 def _data_key(config: Config) -> str:
@@ -227,12 +238,14 @@ def _paths(value: Any) -> list[str]:
 
 
 def _file_state(path: str) -> list[Any]:
-    """Size and time of a file, so that a job whose data has changed reads it again."""
-    try:
-        state = os.stat(path)
-    except OSError:
-        return []
-    return [state.st_size, state.st_mtime_ns]
+    """Size and time of a file, and of all in a folder, so that a job reads anew what has changed."""
+    found = []
+    places = [path, *(os.path.join(home, name) for home, _, names in os.walk(path) for name in sorted(names))]
+    for place in places:
+        with contextlib.suppress(OSError):
+            state = os.stat(place)
+            found.append([place, state.st_size, state.st_mtime_ns])
+    return found
 
 
 def _take_off(base: _Base) -> None:

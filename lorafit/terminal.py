@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -27,10 +29,31 @@ def number(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
+class _Patient(Console):
+    def on_broken_pipe(self) -> None:
+        _silence(sys.stdout)  # rich would end the program without a word
+
+
 def console(quiet: bool = False) -> Console:
     """The terminal; in a file or a pipe lines are wide enough not to break tables."""
-    terminal = Console(quiet=quiet)
-    return terminal if terminal.is_terminal else Console(width=140, highlight=False, quiet=quiet)
+    terminal = _Patient(quiet=quiet)
+    return terminal if terminal.is_terminal else _Patient(width=140, highlight=False, quiet=quiet)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line at once; where nobody reads any more (`| head`), the work goes on."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        _silence(stream)
+
+
+def _silence(stream: Any) -> None:
+    """Send what is printed from here on nowhere: whoever read it has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def human(count: float) -> str:

@@ -38,9 +38,10 @@ from lorafit.build import (
 )
 from lorafit.config import Config, config_sha256, quoted, settings_to_record, to_dict
 from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Paused, Stopped, reason
-from lorafit.launch import start
+from lorafit.launch import config_folder, record_settings, start
 from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
-from lorafit.sweep import Job, Shared, alone, read_metrics, recorded_result, resumed
+from lorafit.sweep import Beyond, Job, Shared, alone, read_metrics, recorded_result, resumed, sweep_of
+from lorafit.terminal import say
 
 if TYPE_CHECKING:
     import lightning as L
@@ -60,29 +61,36 @@ def main() -> None:
 def run(config: Config, folder: Path) -> float:
     """One run by itself: returns the held-out loss after training. Whatever happens, metrics.json says how it ended;
     after wrong input nothing half written is left."""
-    try:
-        return _recorded(config, folder, Shared(), None)
-    except InputError:
-        if not config.resume and read_metrics(folder).get("status") == "interrupted":
-            (folder / "metrics.json").unlink(missing_ok=True)
-        raise
+    sweep, main = sweep_of(folder) if config.resume else None, is_main_process()
+    job = Job(sweep, rungs=read_metrics(folder).get("rungs", {})) if sweep is not None else None
+    with alone(folder) if main and config.resume else contextlib.nullcontext():
+        try:
+            return _recorded(config, folder, Shared(), job)
+        except InputError:
+            if main and not config.resume and read_metrics(folder).get("status") == Stopped.status:
+                (folder / "metrics.json").unlink(missing_ok=True)
+            raise
 
 
 def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> float:
-    """One job of a sweep: not run if its result is here, gone on with if it was begun. Returns its held-out loss.
-
-    until: see `lorafit.sweep.Job`.
+    """One job of a sweep: not run if its result is here, gone on with if it was begun. Returns its held-out loss, or
+    NaN where it stands beyond the share of its steps, `until`, at which it was to be looked at.
     """
     with alone(folder) if is_main_process() else contextlib.nullcontext():
         found = recorded_result(config, folder, until)
         if found is not None:
-            print(f"done already: held-out loss {found:.4g}", flush=True)
+            say(f"done already: held-out loss {found:.4g}" if math.isfinite(found) else "done already")
             return found
         before = read_metrics(folder)
+        record_settings(folder, config)
         try:
             return _recorded(resumed(config, folder), folder, _SHARED, Job(sweep, until, before.get("rungs", {})))
+        except Beyond:
+            say("it has come further already")
+            return math.nan
         except InputError as error:
-            _write_metrics(folder, {"status": "failed", "error": str(error), "config_sha256": config_sha256(config)})
+            refused = {"status": "failed", "error": str(error), "config_sha256": config_sha256(config)}
+            _write_metrics(folder, before | refused)
             raise
         finally:
             _SHARED.give_back()
@@ -99,7 +107,7 @@ def _recorded(config: Config, folder: Path, shared: Shared, job: Job | None) -> 
     try:
         with memory_errors(metrics):
             loss = fine_tune(config, folder, metrics, shared, job)
-    except InputError:
+    except (InputError, Beyond):
         raise
     except (LorafitError, Stopped) as error:
         if isinstance(error, MemoryExhausted):
@@ -204,6 +212,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         resume = Path(config.resume) / "checkpoints" / "last.ckpt" if config.resume else None
         resumed_at = load_checkpoint(resume)["global_step"] if resume else 0
         require_steps(config, steps, folder, resumed_at)
+        stop = job.steps(steps) if job else None
+        if stop and resumed_at > stop:
+            raise Beyond
         compiled = module.decide_compilation(tokens_of(data, steps * config.trainer.accumulate_grad_batches))
         metrics["model"]["paths"] = path_counts(module.paths)
         metrics["model"]["compiled"] = module.ops.name == "compiled"
@@ -238,6 +249,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         )
 
         if is_main_process():  # from here on a run that is killed has left word of itself
+            if config.resume:
+                record_settings(folder, config)
             _write_metrics(folder, metrics | {"status": Stopped.status})
 
         # ---- the base, measured
@@ -256,7 +269,6 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             callbacks.append(AdapterNorms(config.callbacks.norms_every_n_steps))
         if config.callbacks.progress:
             callbacks.append(TrainingProgress(step_metrics, terminal))
-        stop = job.steps(steps) if job else None
         pause = [PauseAt(checkpoints, stop)] if stop else []
         trainer = build_trainer(
             folder,
@@ -276,8 +288,10 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         reset_peak(device)
         try:
             trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
+            checkpoints.make_up(trainer, module)
         except Paused:
             assert job is not None and stop is not None
+            signals.check()
             loss = evaluate_loss(model, data.eval_batches())["loss"]
             metrics["status"] = Stopped.status
             metrics["error"] = f"halving: looked at after {stop} of {steps} steps"
@@ -361,7 +375,9 @@ def job_command(folder: Path, resume: str | None) -> list[str]:
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()) or []
     given = [f"resume={quoted(resume)}"] if resume else []
     where = [f"hydra.run.dir={quoted(str(folder))}", "hydra.mode=RUN", "hydra.output_subdir=null"]
-    return [sys.executable, "-m", "lorafit.train", *overrides, *given, *where]
+    own = config_folder()
+    flags = ["--config-dir", own] if own else []
+    return [sys.executable, "-m", "lorafit.train", *flags, *overrides, *given, *where]
 
 
 def tokens_of(data: Any, batches: int) -> int:

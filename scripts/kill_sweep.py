@@ -84,7 +84,7 @@ def curve(job: Path) -> dict[tuple[int, str], float]:
         (row["step"], key): value
         for row in rows
         for key, value in row.items()
-        if not any(word in key for word in TIMED_POINTS)
+        if key != "step" and not any(word in key for word in TIMED_POINTS)
     }
 
 

@@ -51,7 +51,11 @@ def find_runs(folders: list[Path]) -> list[Path]:
     """The folders of offline runs, each once: a sweep's folder also holds links to them."""
     found = {path.resolve() for folder in folders for path in folder.rglob("offline-run-*") if path.is_dir()}
     found |= {folder.resolve() for folder in folders if folder.name.startswith("offline-run-")}
-    return sorted(path for path in found if path.parent.name != "replaced")
+    runs = sorted(path for path in found if path.parent.name != "replaced")
+    for run in runs:
+        if not any(run.glob("run-*.wandb")):  # the process was killed before it wrote anything
+            print(f"sync_wandb: {run} holds no run", file=sys.stderr)
+    return [run for run in runs if any(run.glob("run-*.wandb"))]
 
 
 def missing_files(run: Path) -> list[str]:

@@ -125,7 +125,7 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
             raise InputError(f"{path} is damaged: its SHA-256 is not the one in {PROVENANCE}")
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        if metadata and metadata.get("format") != "pt":
+        if metadata.get("format", "pt") != "pt":
             raise InputError(f"{path}: the format of its tensors is {metadata.get('format')!r}, not 'pt'")
         tensors = safetensors.torch.load_file(path)
         if odd := [name for name in tensors if not name.isprintable()]:
@@ -165,4 +165,5 @@ def weights_bytes(tensors: Mapping[str, Tensor], dtype: str, factors: set[str]) 
     stored = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     for name, item in packed.items():
         stored |= to_tensors(name, item)
-    return ROUNDED[dtype], safetensors.torch.save(stored, metadata={"format": "pt"} | to_metadata(packed))
+    # one entry alone: safetensors writes several in an order that changes from file to file
+    return ROUNDED[dtype], safetensors.torch.save(stored, metadata=to_metadata(packed))

@@ -32,7 +32,7 @@ class PagedOptimizerMemory(L.Callback):
         self.parts: dict[str, int] = {}
         self.gradient_bytes = 0
         self.peak = 0
-        self._counted = -1
+        self._counted, self._peak_before = -1, 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         # the first step's are those of all steps; later they may be freed when this looks
@@ -55,11 +55,18 @@ class PagedOptimizerMemory(L.Callback):
     def count(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count now, and hand the numbers to the loggers, once a step."""
         self.parts = memory_by_part(pl_module, trainer.optimizers[0]) | {"gradient": self.gradient_bytes}
-        self.peak = peak_bytes(pl_module.device) - self.idle_bytes
+        self.peak = max(self._peak_before, peak_bytes(pl_module.device) - self.idle_bytes)
         numbers = {f"memory/{part}_bytes": float(count) for part, count in self.parts.items()}
         again, self._counted = trainer.global_step == self._counted, trainer.global_step
         for logger in () if again else trainer.loggers:
             logger.log_metrics(numbers | {"memory/peak_bytes": float(self.peak)}, step=trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": self.parts, "gradient_bytes": self.gradient_bytes, "peak": self.peak}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.parts, self.gradient_bytes = state_dict["parts"], state_dict["gradient_bytes"]
+        self.peak = self._peak_before = state_dict["peak"]
 
     def sentence(self, trainer: L.Trainer) -> str:
         """What is paged, for a person."""

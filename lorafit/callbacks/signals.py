@@ -66,6 +66,14 @@ class StopOnSignal(L.Callback):
         if self.signum is not None:
             raise Stopped(self.signum)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._training = False  # nobody looks at `signum` any more
+
+    def check(self) -> None:
+        """Raise Stopped where a signal came in the last moment of training."""
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
     def _stop_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, FinetuneModule)
         if self.signum is not None and pl_module.stepped:

@@ -171,7 +171,7 @@ def weigh(runs: Sequence[Run], *, metric: str, kept: float) -> dict[str, Any]:
     require_metric(completed, metric)
     judged = [run for run in completed if goodness(metric, run.after.get(metric)) is not None]
     varied = varied_settings(runs)
-    groups = comparable(judged, varied)
+    groups = comparable(judged, varied, metric)
     chosen, sentence = choose(groups[0], varied, metric, kept) if groups else (None, without_numbers(runs, metric))
     steps = [found for run in completed if (found := ladder(run, completed, kept)) is not None]
     if chosen is not None and len(judged) == 1 and steps:
@@ -203,16 +203,20 @@ def without_numbers(runs: Sequence[Run], metric: str) -> str:
     return f"Nothing can be recommended: no completed run has a number for {metric}."
 
 
-def comparable(runs: Sequence[Run], varied: Sequence[str]) -> list[list[Run]]:
-    """The runs in groups that share their base model and their held-out rows; the largest group first."""
+def comparable(runs: Sequence[Run], varied: Sequence[str], metric: str) -> list[list[Run]]:
+    """The runs in groups that share their base model, their held-out rows and their way to measure; the largest group
+    first."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps([run.settings.get(key) for key in _measured(run, varied)]), []).append(run)
+        alike = json.dumps([run.settings.get(key) for key in _measured(run, varied, metric)])
+        groups.setdefault(alike, []).append(run)
     return sorted(groups.values(), key=len, reverse=True)
 
 
-def _measured(run: Run, varied: Sequence[str]) -> list[str]:
+def _measured(run: Run, varied: Sequence[str], metric: str) -> list[str]:
     keys = _MEASURED if run.settings.get("data.eval_path") is not None else (*_MEASURED, *_HELD_OUT)
+    if metric not in ("loss", "perplexity"):  # what comes of answers
+        keys = (*keys, "task.generate_examples", "task.max_new_tokens")
     return [key for key in keys if key in varied]
 
 
@@ -220,7 +224,7 @@ def warn(groups: Sequence[Sequence[Run]], varied: Sequence[str], metric: str) ->
     """What makes a comparison one of unlike things, a sentence each."""
     found = []
     if len(groups) > 1:
-        keys = sorted({key for group in groups for key in _measured(group[0], varied)}, key=varied.index)
+        keys = sorted({key for group in groups for key in _measured(group[0], varied, metric)}, key=varied.index)
         found.append(
             f"Not like with like: the runs differ in {_and(map(name_of, keys))}, so their numbers say nothing about "
             f"each other. The recommendation looks only at the {len(groups[0])} of {sum(map(len, groups))} runs with "
@@ -275,7 +279,7 @@ def choose(group: Sequence[Run], varied: Sequence[str], metric: str, kept: float
             f"run's is {best.value:.4g} ({label(best.best, keys)})."
         )
     enough = [candidate for candidate in candidates if candidate.good >= best.good - (1 - kept) * gain]
-    small = min(enough, key=lambda candidate: (*candidate.size, -candidate.good))
+    small = _smallest(enough)
     share = (small.good - base_good) / gain
     run = small.best
     found = {
@@ -294,6 +298,18 @@ def choose(group: Sequence[Run], varied: Sequence[str], metric: str, kept: float
     }
     sentences = [_verdict(small, best, len(candidates), found, metric, kept), *_doubts(small, best, candidates, keys)]
     return found | {"sentence": " ".join(sentences)}, " ".join(sentences)
+
+
+def _smallest(candidates: Sequence[Candidate]) -> Candidate:
+    """The one of the fewest parameters; of several, the best of those whose memory and time are about the least.
+
+    Memory and time of equal runs differ by chance, so that only what is clearly more counts.
+    """
+    left = list(candidates)
+    for place, tolerance in enumerate((1.0, 1.1, 1.25)):  # of SIZES: parameters, memory, time
+        least = min(candidate.size[place] for candidate in left)
+        left = [candidate for candidate in left if candidate.size[place] <= tolerance * least]
+    return max(left, key=lambda candidate: candidate.good)
 
 
 def gather(group: Sequence[Run], metric: str) -> list[Candidate]:
@@ -424,10 +440,11 @@ def ladder(run: Run, others: Sequence[Run], kept: float) -> dict[str, Any] | Non
 
     None without a ladder, and where a run of a higher rank and otherwise the same settings has one.
     """
-    own = run.settings.get("rank")
-    if not run.ladder or not isinstance(own, int):
+    if not run.ladder or not isinstance(run.settings.get("rank"), int):
         return None
-    family = [other for other in others if "loss" in other.after and _same_but_rank(run, other)]
+    own = max(run.ladder)  # with a rank_pattern another one than `rank`
+    alike = own == run.settings["rank"]
+    family = [other for other in others if alike and "loss" in other.after and _same_but_rank(run, other)]
     if any(other.ladder and other.settings["rank"] > own for other in family):
         return None  # the longer one says it all
     trained = {other.settings["rank"]: other for other in family}
@@ -444,17 +461,17 @@ def ladder(run: Run, others: Sequence[Run], kept: float) -> dict[str, Any] | Non
     found["mean_difference"] = statistics.fmean(gaps) if gaps else None
     found["largest_difference"] = max(gaps, default=None)
     found["rank_correlation"] = spearman([row["cut"] for row in pairs], [row["trained"] for row in pairs])
-    found["recommended_rank"] = _enough(run, {row["rank"]: row["cut"] for row in rows}, kept)
+    found["recommended_rank"] = _enough(run, own, {row["rank"]: row["cut"] for row in rows}, kept)
     for way, key in (("cutting", "cut"), ("training", "trained")):
         # the same ranks on both sides
         losses = {row["rank"]: row[key] for row in rows if row["trained"] is not None}
-        found[f"recommended_by_{way}"] = _enough(run, losses, kept) if pairs else None
+        found[f"recommended_by_{way}"] = _enough(run, own, losses, kept) if pairs else None
     return found | {"sentence": _ladder_sentence(found, pairs, kept)}
 
 
-def _enough(run: Run, losses: Mapping[int, float], kept: float) -> int | None:
+def _enough(run: Run, own: int, losses: Mapping[int, float], kept: float) -> int | None:
     """The rank that `lorafit.ranks` would recommend of these; None without the own rank's loss or that of the base."""
-    own, base = run.settings["rank"], run.before.get("loss")
+    base = run.before.get("loss")
     return None if base is None or own not in losses else recommend(losses, base, losses[own], kept)
 
 

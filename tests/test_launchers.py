@@ -1,0 +1,150 @@
+"""Sweeps whose jobs run elsewhere: side by side (joblib), as jobs of a cluster (submitit), on several devices.
+
+pytest tests/test_launchers.py
+
+submitit is tried with its local executor, which runs jobs as SLURM would, on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+TINY = (
+    *("trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "data.batch_size=4", "task.generate_examples=4"),
+    *("task.eval_examples=8", "task.max_new_tokens=4", "task.samples=0", "task.retention_path=general.txt"),
+    *("callbacks=none", "logger=none", "hydra.sweep.dir=all"),
+)
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    there = importlib.util.find_spec(f"hydra_plugins.{package}") if importlib.util.find_spec("hydra_plugins") else None
+    return pytest.mark.skipif(there is None, reason=f"{package} is not installed")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # jobs side by side, the same in all
+    Path("general.txt").write_text("Bees tell each other where flowers are by dancing on the comb.")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorafit.train", *TINY, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def program(*arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python -m lorafit.train`."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+def metrics_of(job: str | Path) -> dict[str, Any]:
+    path = Path(job) / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def statuses() -> dict[str, str]:
+    return {path.parent.name: metrics_of(path.parent)["status"] for path in Path("all").glob("*/metrics.json")}
+
+
+def steps_of(job: str | Path) -> int:
+    path = Path(job) / "history.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def same_adapters(one: str | Path, other: str | Path) -> bool:
+    mine, theirs = (safetensors.torch.load_file(Path(f) / "adapter/adapter_model.safetensors") for f in (one, other))
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@needs("hydra_joblib_launcher")
+def test_jobs_side_by_side_are_recorded_and_the_one_that_fails_is_named() -> None:
+    command = ("trainer.max_steps=3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    code, out, err = program("-m", "target_modules=[q_porj],[q_proj]", *command)
+    assert code == 2 and "Traceback" not in out + err
+    summary = err.partition("lorafit train: ")[2].splitlines()
+    assert summary[0] == "1 of 2 jobs failed:" and "'q_porj' matches no linear layer" in summary[1]
+    assert statuses() == {"target_modules=q_porj": "failed", "target_modules=q_proj": "completed"}
+    assert not list(Path("all").glob(".roll-*"))
+
+    code, _, err = program("target_modules=[q_proj]", "trainer.max_steps=3", "hydra.run.dir=alone")
+    assert code == 0, err
+    assert same_adapters("all/target_modules=q_proj", "alone")
+
+
+@needs("hydra_submitit_launcher")
+def test_a_job_of_a_cluster_that_is_killed_does_not_stop_the_others() -> None:
+    process = start(
+        *("-m", "target_modules=[q_porj],[q_proj],[v_proj]", "trainer.max_steps=60", "hydra/launcher=submitit_local")
+    )
+    killed, other = Path("all/target_modules=q_proj"), Path("all/target_modules=v_proj")
+    try:
+        wait_for(lambda: steps_of(killed) >= 2 or process.poll() is not None)
+        owner(killed).kill()
+        out, err = process.communicate(timeout=400)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in out + err, err
+    assert "the launcher gave up" in err and "target_modules=q_proj: it did not end" in err
+    assert "'q_porj' matches no linear layer" in err
+    assert "The sweep goes on with: python -m lorafit.train " in err
+    assert (
+        metrics_of(killed)["status"] == "interrupted" and metrics_of("all/target_modules=q_porj")["status"] == "failed"
+    )
+    wait_for(lambda: metrics_of(other).get("status") == "completed")
+    wait_for(lambda: not owners(other))
+    assert "Traceback" not in (other / "train.log").read_text()
+
+
+def owners(job: Path) -> list[psutil.Process]:
+    """The processes that hold the lock of a job open."""
+    lock, found = str((job / ".lock").resolve()), []
+    for process in psutil.process_iter():
+        try:
+            if any(file.path == lock for file in process.open_files()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def owner(job: Path) -> psutil.Process:
+    [process] = owners(job)
+    return process
+
+
+def wait_for(true: Any, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def test_jobs_on_two_devices_follow_one_another_and_each_leaves_one_folder() -> None:
+    code, out, err = program("-m", "rank=2,4", "trainer.devices=2", "trainer.max_steps=2")
+    assert code == 0, out + err
+    assert {path.name for path in Path("all").iterdir()} == {"rank=2", "rank=4", "multirun.yaml"}
+    assert statuses() == {"rank=2": "completed", "rank=4": "completed"}
+    for rank in (2, 4):
+        metrics = metrics_of(f"all/rank={rank}")
+        assert metrics["speed"]["steps"] == 2 and metrics["lora"]["rank"] == rank
+        assert f"rank={rank}" in Path(f"all/rank={rank}/.hydra/overrides.yaml").read_text()
+        assert [json.loads(line)["step"] for line in Path(f"all/rank={rank}/history.jsonl").open()].count(1) >= 1
+    assert out.count("\njob ") == 2 and not Path("multirun").exists() and not Path("outputs").exists()
