@@ -172,9 +172,13 @@ def _replay_sweep(arguments: list[str]) -> list[str]:
     return ["-m", *mine, *given, f"hydra.sweep.dir={quoted(str(folder))}"]
 
 
-def _note_command(folder: Path) -> None:
-    """Keep in a sweep's folder by which command it goes on."""
+def _note_command(folder: Path, roll: Roll) -> None:
+    """Keep in a sweep's folder by which command it goes on: the first from its beginning, a later one when some of its
+    jobs were not refused."""
     path, before = folder / _COMMANDS, []
+    accepted = any(entry.get("exit_code") != InputError.exit_code for entry in roll.entries().values())
+    if path.is_file() and not accepted:
+        return
     if path.is_file():
         with contextlib.suppress(ValueError):
             before = json.loads(path.read_text())
@@ -422,21 +426,22 @@ def _sweep(name: str, plan: _Plan, jobs: _Jobs, run_hydra: Callable[[], None]) -
     if roll is None:
         roll = Roll.begin(plan.folder)
         try:
+            if jobs.job is not None:
+                _note_command(Path(plan.folder), roll)
             # torchrun starts each process of a group, and watches them itself
             if plan.basic and jobs.job is not None and not {IN_PROCESS, "LOCAL_RANK"} & os.environ.keys():
                 folder = f"hydra.sweep.dir={quoted(plan.folder)}"
                 jobs.sweep = Path(plan.folder)
-                _note_command(jobs.sweep)
                 code = supervise([sys.executable, "-m", f"lorafit.{name}", *sys.argv[1:], folder], roll)
                 if code < 0:
                     _end(name, f"stopped by {signal.Signals(-code).name}{_way_on(name, jobs)}", 128 - code)
                 if code:
                     sys.exit(code)
                 return
-            if jobs.job is not None:
-                _note_command(Path(plan.folder))
             _run_jobs(name, plan, jobs, roll, run_hydra)
         finally:
+            if jobs.job is not None:
+                _note_command(Path(plan.folder), roll)
             roll.end()
     else:
         _run_jobs(name, plan, jobs, roll, run_hydra)
