@@ -527,5 +527,7 @@ def _way_on(name: str, jobs: _Jobs) -> str:
         kept = []  # the command that began it is in the folder
         where = f"resume={jobs.sweep}"
     else:
-        where = f"hydra.sweep.dir={quoted(str(jobs.sweep))}"
+        folder = str(jobs.sweep)
+        simple = re.fullmatch(r"[\w./-]+", folder, re.ASCII)
+        where = f"hydra.sweep.dir={folder if simple else quoted(folder)}"
     return f"\nThe sweep goes on with: python -m lorafit.{name} {shlex.join([*kept, where])}"
