@@ -153,6 +153,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",  # the first step is logged in any case
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
         ".*GPU available but not used.*",
         ".*Trainer.fit.* stopped.*",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorafit.errors import InputError, near_path, reason
 from lorafit.rounding import (
+    METADATA,
     SCALES,
     Packed,
     dequantize,
@@ -125,7 +126,7 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
             raise InputError(f"{path} is damaged: its SHA-256 is not the one in {PROVENANCE}")
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        if metadata.get("format", "pt") != "pt":
+        if metadata and METADATA not in metadata and metadata.get("format") != "pt":
             raise InputError(f"{path}: the format of its tensors is {metadata.get('format')!r}, not 'pt'")
         tensors = safetensors.torch.load_file(path)
         if odd := [name for name in tensors if not name.isprintable()]:
