@@ -12,17 +12,14 @@ better ones go on from where they stand.
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import json
-import logging
 import math
 import os
 import re
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -34,23 +31,19 @@ import hydra.version
 import yaml
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
 
-from lorafit.config import VERSION_BASE, postpone, prepare, quoted, typed
-from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Stopped, near_path
+from lorafit.config import VERSION_BASE, postpone, prepare, quoted
+from lorafit.errors import InputError, LorafitError, Stopped, near_path
 from lorafit.explain import explain
-from lorafit.files import write_atomically, write_json
-from lorafit.schema import CONF, Config, check, to_dict
-from lorafit.supervisor import IN_PROCESS, Roll, death, handling, serve, supervise
+from lorafit.files import write_json
+from lorafit.jobs import Jobs, Run, RunJob
+from lorafit.schema import CONF
+from lorafit.supervisor import IN_PROCESS, ROLL, Roll, handling, serve, supervise
 from lorafit.terminal import say
 
-Run = Callable[[Config, Path], float | None]
-RunJob = Callable[[Config, Path, Path, float | None], float | None]
 _COMMANDS = "sweep.json"  # in a sweep's folder: the commands that began it
-_failures = logging.getLogger("lorafit.failure")  # goes to the log file alone, see conf/train.yaml
 
 
 def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | None = None) -> None:
@@ -68,7 +61,7 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding than the data
     hydra.version.setbase(VERSION_BASE)
     parser = get_args_parser()
-    jobs = _Jobs(run, job)
+    jobs = Jobs(run, job)
     try:
         arguments = parser.parse_intermixed_args(_replay_sweep(sys.argv[1:]))
     except LorafitError as error:
@@ -78,7 +71,7 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
         _end(name, "--experimental-rerun is not supported: use resume=RUN", InputError.exit_code)
     own = import_module(f"lorafit.{name}") if _is_main(name) else None
     if own is not None:  # the workers of a parallel launcher find what it calls under the module's own name
-        jobs = _Jobs(getattr(own, run.__name__), job and getattr(own, job.__name__))
+        jobs = Jobs(getattr(own, run.__name__), job and getattr(own, job.__name__))
     try:
         if folder_key is not None:
             overrides = _on_folder(overrides, folder_key)
@@ -166,7 +159,7 @@ def _replay_sweep(arguments: list[str]) -> list[str]:
     mine = [text for text in before if re.match(r"[\w/.+~@]+=", text) and not text.startswith("hydra")]
     mine += [text for text in before if text.startswith("hydra.sweep.subdir=")]
     left = [text for text in before if text not in (*mine, "-m", "--multirun") and text[:16] != "hydra.sweep.dir="]
-    if left and not set(left) <= set(arguments):
+    if left and not set(left) <= set(arguments) and ROLL not in os.environ:  # a worker's command has said it
         say(f"not taken over from {folder / _COMMANDS}, so give it again where it is to hold: {shlex.join(left)}")
     given = [text for text in arguments if not text.startswith("resume=")]
     return ["-m", *mine, *given, f"hydra.sweep.dir={quoted(str(folder))}"]
@@ -261,166 +254,10 @@ def _plan(arguments: Any, overrides: list[str]) -> _Plan | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------- the jobs
-
-
-class _Jobs:
-    """What Hydra calls for each job: type the config, check it, run; and what is known of them all.
-
-    In a sweep nothing that goes wrong in a job is raised: it is told, and kept in the roll. Then the other jobs run,
-    and Hydra adds no words of its own.
-    """
-
-    def __init__(self, run: Run, job: RunJob | None = None) -> None:
-        self.run, self.job = run, job
-        self.error: Exception | None = None  # of a single run
-        self.roll: Roll | None = None
-        self.sweep: Path | None = None
-        # of successive halving: which round it is, how far it trains, and who takes part
-        self.rung = 0
-        self.until: float | None = None
-        self.among: set[int] | None = None
-
-    def __call__(self, values: DictConfig) -> float | None:
-        global _running
-        hydra_config = HydraConfig.get()
-        folder = Path(hydra_config.runtime.output_dir)
-        _running = (values, hydra_config)
-        try:
-            if hydra_config.mode == RunMode.MULTIRUN:
-                return self._in_sweep(values, hydra_config, folder)
-            return self._alone(values, hydra_config, folder)
-        except (Stopped, KeyboardInterrupt) as stop:
-            _failures.error("%s", str(stop) or "interrupted")
-            raise
-        finally:
-            _running = None
-
-    def _alone(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
-        try:
-            config = _checked(values, hydra_config)
-            if hydra_config.output_subdir is not None:
-                record_settings(folder, config)
-            return self.run(config, folder)
-        except Exception as error:
-            _log_failure(error)
-            error.add_note(f"in the job of {folder}")
-            self.error = error
-            return None
-
-    def _in_sweep(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
-        number, self.sweep = hydra_config.job.num, Path(hydra_config.sweep.dir)
-        if self.roll is None:  # a sweep that some other file than those of conf/sweep asked for
-            self.roll = Roll.begin(self.sweep)
-        if self.among is not None and number not in self.among:
-            return math.inf
-        entry = self.roll.read(self.rung, number)
-        if entry is not None and entry["name"] != folder.name:
-            entry = None  # of a sweeper that does not ask for the same jobs again
-        if entry is not None and entry["ended"] and "died" not in entry:
-            return entry.get("objective")  # done by a worker that died at a later job
-        say(f"\njob {number}: {folder.name}  ->  {folder}")
-        if entry is not None and _record_death(folder, said := death(entry.get("died", -9))[0]):
-            entry |= {"error": said, "exit_code": death(entry.pop("died", -9))[1]}
-            say(f"job {number} failed: {said}", error=True)
-        else:
-            entry = {"name": folder.name, "folder": str(folder), "ended": False}
-            self.roll.write(self.rung, number, entry)
-            entry |= self._run(values, hydra_config, folder)
-        self.roll.write(self.rung, number, entry | {"ended": True})
-        return entry.get("objective", math.inf)
-
-    def _run(self, values: DictConfig, hydra_config: Any, folder: Path) -> dict[str, Any]:
-        assert self.sweep is not None
-        try:
-            config = _checked(values, hydra_config)
-            if self.job is not None:
-                return {"objective": self.job(config, folder, self.sweep, self.until)}
-            record_settings(folder, config)
-            return {"objective": self.run(config, folder)}
-        except Exception as error:
-            _log_failure(error)
-            said = str(error) if isinstance(error, LorafitError) else traceback.format_exc()
-            say(f"job {hydra_config.job.num} failed: {said}", error=True)
-            _free(error)
-            told = str(error) if isinstance(error, LorafitError) else f"{type(error).__name__}: {error}"
-            if self.job is not None and not (folder / "metrics.json").exists():  # refused before it was called
-                _record_refusal(folder, told)
-            return {"error": told, "exit_code": getattr(error, "exit_code", 1)}
-        except SystemExit as end:
-            said = f"something in it ended the program (exit code {end.code})"
-            say(f"job {hydra_config.job.num} failed: {said}", error=True)
-            return {"error": said, "exit_code": 1}
-
-
-_running: tuple[DictConfig, Any] | None = None  # the job at hand: its configuration as composed, and Hydra's own
-
-
-def _checked(values: DictConfig, hydra_config: Any) -> Config:
-    config = typed(values, hydra_config.overrides.task)
-    check(config)
-    return config
-
-
-def record_settings(folder: Path, config: Config) -> None:
-    """Write down in .hydra by what settings the run in `folder` goes. Hydra does so before anybody has looked at what
-    is in the folder; a job of a sweep and a run that is gone on with do it themselves, when they begin."""
-    if _running is None:
-        return  # called as a function, not as a program
-    values, hydra_config = _running
-    given = [text for text in hydra_config.overrides.task if not text.startswith("resume=")]
-    given = list({text.partition("=")[0]: text for text in given}.values())  # of what was said twice, the last
-    home = folder / ".hydra"
-    for name, content in (
-        ("config.yaml", OmegaConf.to_yaml(values)),
-        ("hydra.yaml", OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_config}))),
-        ("overrides.yaml", yaml.safe_dump(given, sort_keys=False) if given else "[]\n"),
-        ("resolved.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))),
-    ):
-        write_atomically(home / name, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
-
-
-def config_folder() -> str | None:
-    """The user's own folder of settings that the job at hand was composed with (--config-dir)."""
-    sources = [] if _running is None else _running[1].runtime.config_sources
-    return next((source.path for source in sources if source.provider == "command-line"), None)
-
-
-def _log_failure(error: Exception) -> None:
-    _failures.error("%s", error, exc_info=not isinstance(error, LorafitError))
-
-
-def _record_death(folder: Path, said: str) -> bool:
-    """Put into metrics.json why the process of a job died. False where the job had ended before that."""
-    from lorafit.sweep import read_metrics
-
-    metrics = read_metrics(folder)
-    if metrics.get("status") in ("completed", DivergedError.status, MemoryExhausted.status):
-        return False
-    if metrics:  # else it had not begun to train
-        write_json(folder / "metrics.json", metrics | {"status": Stopped.status, "error": said})
-    return True
-
-
-def _record_refusal(folder: Path, said: str) -> None:
-    if _running is not None:
-        given = yaml.safe_dump(list(_running[1].overrides.task), sort_keys=False)
-        write_atomically(folder / ".hydra" / "overrides.yaml", lambda file: file.write(given.encode()))
-    write_json(folder / "metrics.json", {"status": "failed", "error": said})
-
-
-def _free(error: BaseException | None) -> None:
-    """Let go of what a failed job held: its traceback would keep the model while the others run."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-    gc.collect()
-
-
 # ------------------------------------------------------------------------------------------------------------ the sweep
 
 
-def _sweep(name: str, plan: _Plan, jobs: _Jobs, run_hydra: Callable[[], None]) -> None:
+def _sweep(name: str, plan: _Plan, jobs: Jobs, run_hydra: Callable[[], None]) -> None:
     """Run the jobs of a sweep, here or in a process that is watched, and tell how it went."""
     roll = serve()
     if roll is None:
@@ -447,7 +284,7 @@ def _sweep(name: str, plan: _Plan, jobs: _Jobs, run_hydra: Callable[[], None]) -
         _run_jobs(name, plan, jobs, roll, run_hydra)
 
 
-def _run_jobs(name: str, plan: _Plan, jobs: _Jobs, roll: Roll, run_hydra: Callable[[], None]) -> None:
+def _run_jobs(name: str, plan: _Plan, jobs: Jobs, roll: Roll, run_hydra: Callable[[], None]) -> None:
     jobs.roll, jobs.sweep = roll, Path(plan.folder)
     jobs.until = None if plan.factor is None or jobs.job is None else plan.first
     while True:
@@ -471,7 +308,7 @@ def _stop(signum: int, _: object) -> NoReturn:
     raise Stopped(signum)
 
 
-def _conclude(name: str, jobs: _Jobs) -> None:
+def _conclude(name: str, jobs: Jobs) -> None:
     """Tell how the sweep went; after a failure the process ends with the exit code of the first."""
     assert jobs.roll is not None and jobs.sweep is not None
     entries = jobs.roll.entries()
@@ -494,7 +331,7 @@ def _not_ended(sweep: Path, asked: set[str]) -> list[str]:
     return [folder.name for folder in folders if read_metrics(folder).get("status") == Stopped.status]
 
 
-def _next_rung(plan: _Plan, jobs: _Jobs, roll: Roll) -> None:
+def _next_rung(plan: _Plan, jobs: Jobs, roll: Roll) -> None:
     """Choose who goes on: the better 1 / factor of those that stand at this rung, and those that stand beyond it."""
     assert plan.factor is not None and jobs.until is not None
     results = {number: entry for (_, number), entry in roll.entries(jobs.rung).items() if "error" not in entry}
@@ -518,7 +355,7 @@ def _tell(roll: Roll) -> str:
     return "\n".join([f"{len(failed)} of {len({number for _, number in entries})} jobs failed:", *lines])
 
 
-def _way_on(name: str, jobs: _Jobs) -> str:
+def _way_on(name: str, jobs: Jobs) -> str:
     """How a sweep that was stopped goes on."""
     if jobs.job is None or jobs.sweep is None:
         return ""

@@ -38,7 +38,8 @@ from lorafit.build import (
 )
 from lorafit.config import Config, config_sha256, quoted, settings_to_record, to_dict
 from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Paused, Stopped, reason
-from lorafit.launch import config_folder, record_settings, start
+from lorafit.jobs import config_folder, record_settings
+from lorafit.launch import start
 from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
 from lorafit.sweep import Beyond, Job, Shared, alone, read_metrics, recorded_result, resumed, sweep_of
 from lorafit.terminal import say

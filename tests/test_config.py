@@ -653,7 +653,7 @@ def test_resume_replays_the_overrides_of_a_run_and_of_a_job_of_a_sweep(program: 
 
 
 def test_what_a_launcher_sends_to_its_workers_can_be_sent() -> None:
-    jobs = pickle.loads(pickle.dumps(launch._Jobs(check)))
+    jobs = pickle.loads(pickle.dumps(launch.Jobs(check)))
     assert jobs.run is check
 
 

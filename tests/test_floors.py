@@ -28,7 +28,7 @@ FLOORS = {
     5: ("callbacks",),
     6: (
         *("train", "build", "measuring", "config", "launch", "explain", "schema", "tables", "audit_page", "__main__"),
-        *("sweep", "supervisor", "reporting"),
+        *("jobs", "sweep", "supervisor", "reporting"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench", "bench_table", "peers"),
     ),
 }
@@ -88,8 +88,8 @@ def test_parts_of_one_floor_do_not_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("hydra", {"lorafit.config", "lorafit.explain", "lorafit.launch"}),
-        ("omegaconf", {"lorafit.config", "lorafit.explain", "lorafit.launch", "lorafit.schema"}),
+        ("hydra", {"lorafit.config", "lorafit.explain", "lorafit.jobs", "lorafit.launch"}),
+        ("omegaconf", {"lorafit.config", "lorafit.explain", "lorafit.jobs", "lorafit.schema"}),
         ("wandb", {"lorafit.callbacks.wandb"}),
         ("bitsandbytes", {"lorafit.quant"}),
         ("peft", {"lorafit.peers"}),

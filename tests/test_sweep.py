@@ -919,7 +919,7 @@ def test_halving_takes_the_best_of_each_rung_by_brute_force(
 
     asked: list[tuple[int, float | None]] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
-        roll, jobs = Roll.begin(folder), launch._Jobs(train.run, train.run_job)
+        roll, jobs = Roll.begin(folder), launch.Jobs(train.run, train.run_job)
         failing = contextlib.nullcontext() if None not in losses else pytest.raises(SystemExit)
         with contextlib.redirect_stderr(io.StringIO()), failing:
             launch._run_jobs("train", launch._Plan(folder, True, factor, first), jobs, roll, run_all)

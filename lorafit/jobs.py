@@ -1,0 +1,180 @@
+"""What Hydra calls for each job: its configuration typed and checked, its settings written down, its end recorded.
+
+In a single run errors come back to launch.py, which knows their exit codes. In a sweep nothing that goes wrong in a
+job is raised: it is told, and kept in the roll of the command (supervisor.py), so that the other jobs run and
+Hydra adds no words of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lorafit.config import typed
+from lorafit.errors import DivergedError, LorafitError, MemoryExhausted, Stopped
+from lorafit.files import write_atomically, write_json
+from lorafit.schema import Config, check, to_dict
+from lorafit.supervisor import Roll, death
+from lorafit.terminal import say
+
+Run = Callable[[Config, Path], float | None]
+RunJob = Callable[[Config, Path, Path, float | None], float | None]
+_failures = logging.getLogger("lorafit.failure")  # goes to the log file alone, see conf/train.yaml
+_running: tuple[DictConfig, Any] | None = None  # the job at hand: its configuration as composed, and Hydra's own
+
+
+class Jobs:
+    """The jobs of one command. run: called with the configuration and the folder of each; job: in its place in a sweep,
+    with the sweep's folder and the share of its steps to train as well (see `lorafit.sweep.Job`)."""
+
+    def __init__(self, run: Run, job: RunJob | None = None) -> None:
+        self.run, self.job = run, job
+        self.error: Exception | None = None  # of a single run
+        self.roll: Roll | None = None
+        self.sweep: Path | None = None
+        # of successive halving: which round it is, how far it trains, and who takes part
+        self.rung = 0
+        self.until: float | None = None
+        self.among: set[int] | None = None
+
+    def __call__(self, values: DictConfig) -> float | None:
+        global _running
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
+        _running = (values, hydra_config)
+        try:
+            if hydra_config.mode == RunMode.MULTIRUN:
+                return self._in_sweep(values, hydra_config, folder)
+            return self._alone(values, hydra_config, folder)
+        except (Stopped, KeyboardInterrupt) as stop:
+            _failures.error("%s", str(stop) or "interrupted")
+            raise
+        finally:
+            _running = None
+
+    def _alone(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
+        try:
+            config = _checked(values, hydra_config)
+            if hydra_config.output_subdir is not None:
+                record_settings(folder, config)
+            return self.run(config, folder)
+        except Exception as error:
+            _log_failure(error)
+            error.add_note(f"in the job of {folder}")
+            self.error = error
+            return None
+
+    def _in_sweep(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
+        number, self.sweep = hydra_config.job.num, Path(hydra_config.sweep.dir)
+        if self.roll is None:  # a sweep that some other file than those of conf/sweep asked for
+            self.roll = Roll.begin(self.sweep)
+        if self.among is not None and number not in self.among:
+            return math.inf
+        entry = self.roll.read(self.rung, number)
+        if entry is not None and entry["name"] != folder.name:
+            entry = None  # of a sweeper that does not ask for the same jobs again
+        if entry is not None and entry["ended"] and "died" not in entry:
+            return entry.get("objective")  # done by a worker that died at a later job
+        say(f"\njob {number}: {folder.name}  ->  {folder}")
+        if entry is not None and _record_death(folder, said := death(entry.get("died", -9))[0]):
+            entry |= {"error": said, "exit_code": death(entry.pop("died", -9))[1]}
+            say(f"job {number} failed: {said}", error=True)
+        else:
+            entry = {"name": folder.name, "folder": str(folder), "ended": False}
+            self.roll.write(self.rung, number, entry)
+            entry |= self._run(values, hydra_config, folder)
+        self.roll.write(self.rung, number, entry | {"ended": True})
+        return entry.get("objective", math.inf)
+
+    def _run(self, values: DictConfig, hydra_config: Any, folder: Path) -> dict[str, Any]:
+        assert self.sweep is not None
+        try:
+            config = _checked(values, hydra_config)
+            if self.job is not None:
+                return {"objective": self.job(config, folder, self.sweep, self.until)}
+            record_settings(folder, config)
+            return {"objective": self.run(config, folder)}
+        except Exception as error:
+            _log_failure(error)
+            said = str(error) if isinstance(error, LorafitError) else traceback.format_exc()
+            say(f"job {hydra_config.job.num} failed: {said}", error=True)
+            _free(error)
+            told = str(error) if isinstance(error, LorafitError) else f"{type(error).__name__}: {error}"
+            if self.job is not None and not (folder / "metrics.json").exists():  # refused before it was called
+                _record_refusal(folder, told)
+            return {"error": told, "exit_code": getattr(error, "exit_code", 1)}
+        except SystemExit as end:
+            said = f"something in it ended the program (exit code {end.code})"
+            say(f"job {hydra_config.job.num} failed: {said}", error=True)
+            return {"error": said, "exit_code": 1}
+
+
+def _checked(values: DictConfig, hydra_config: Any) -> Config:
+    config = typed(values, hydra_config.overrides.task)
+    check(config)
+    return config
+
+
+def record_settings(folder: Path, config: Config) -> None:
+    """Write down in .hydra by what settings the run in `folder` goes. Hydra does so before anybody has looked at what
+    is in the folder; a job of a sweep and a run that is gone on with do it themselves, when they begin."""
+    if _running is None:
+        return  # called as a function, not as a program
+    values, hydra_config = _running
+    given = [text for text in hydra_config.overrides.task if not text.startswith("resume=")]
+    given = list({text.partition("=")[0]: text for text in given}.values())  # of what was said twice, the last
+    home = folder / ".hydra"
+    for name, content in (
+        ("config.yaml", OmegaConf.to_yaml(values)),
+        ("hydra.yaml", OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_config}))),
+        ("overrides.yaml", yaml.safe_dump(given, sort_keys=False) if given else "[]\n"),
+        ("resolved.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))),
+    ):
+        write_atomically(home / name, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
+
+
+def config_folder() -> str | None:
+    """The user's own folder of settings that the job at hand was composed with (--config-dir)."""
+    sources = [] if _running is None else _running[1].runtime.config_sources
+    return next((source.path for source in sources if source.provider == "command-line"), None)
+
+
+def _log_failure(error: Exception) -> None:
+    _failures.error("%s", error, exc_info=not isinstance(error, LorafitError))
+
+
+def _record_death(folder: Path, said: str) -> bool:
+    """Put into metrics.json why the process of a job died. False where the job had ended before that."""
+    from lorafit.sweep import read_metrics
+
+    metrics = read_metrics(folder)
+    if metrics.get("status") in ("completed", DivergedError.status, MemoryExhausted.status):
+        return False
+    if metrics:  # else it had not begun to train
+        write_json(folder / "metrics.json", metrics | {"status": Stopped.status, "error": said})
+    return True
+
+
+def _record_refusal(folder: Path, said: str) -> None:
+    if _running is not None:
+        given = yaml.safe_dump(list(_running[1].overrides.task), sort_keys=False)
+        write_atomically(folder / ".hydra" / "overrides.yaml", lambda file: file.write(given.encode()))
+    write_json(folder / "metrics.json", {"status": "failed", "error": said})
+
+
+def _free(error: BaseException | None) -> None:
+    """Let go of what a failed job held: its traceback would keep the model while the others run."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
