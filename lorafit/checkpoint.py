@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorafit.errors import InputError
 from lorafit.files import write_atomically
 
 
@@ -21,8 +22,14 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """torch.load of plain data and tensors; anything that would run code is refused."""
-    return torch.load(path, map_location=map_location, weights_only=True)
+    """torch.load of plain data and tensors. Raises InputError for a file that is damaged, or would run code."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of many kinds, and PyTorch's own advice would have the file run its code
+        what = type(error).__name__
+        raise InputError(f"{path} cannot be read as a checkpoint ({what}): remove it to begin anew") from error
 
 
 def random_state() -> dict[str, Any]:

@@ -63,8 +63,9 @@ def _job_folder(overrides: Sequence[str], fixed: Sequence[str] | None, number: A
     """
     pairs = [text.lstrip("+~").partition("=") for text in overrides]
     varied = [pair for pair in pairs if pair[0] not in (fixed or ())]
+    named = varied or [pair for pair in pairs if pair[0] != "sweep"]
     parts, exact = [], True
-    for key, _, value in varied or [pair for pair in pairs if pair[0] != "sweep"]:
+    for key, _, value in named:
         plain = re.sub(r"['\"\[\] ]", "", value).replace(",", "+")
         safe = re.sub(r"[^\w.+-]", "_", plain)
         # an outer bracket or quotation mark says nothing; any other sign that is left out may tell two jobs apart
@@ -73,7 +74,7 @@ def _job_folder(overrides: Sequence[str], fixed: Sequence[str] | None, number: A
         parts.append(f"{key.replace('/', '.')}={safe}")
     name = ",".join(parts)
     if not exact or len(name) > 120:
-        digest = hashlib.sha256(",".join(map("".join, varied)).encode()).hexdigest()
+        digest = hashlib.sha256(",".join(map("".join, named)).encode()).hexdigest()
         name = f"{name[:112]}-{digest[:6]}"
     return name or str(number)
 

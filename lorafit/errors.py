@@ -2,6 +2,7 @@
 
     LorafitError                 never raised itself
     ├── InputError        2      wrong configuration or input: one message, no traceback
+    │   └── BusyError     2      another process is at work there
     ├── DivergedError     3      a loss or a weight is no longer finite
     └── MemoryExhausted   4      the device or the host has no memory left
     Stopped         130, 143     a signal asked the run to end (a BaseException: nothing swallows it)
@@ -30,6 +31,10 @@ class InputError(LorafitError, ValueError):
     """The configuration or the input is wrong; nothing was started."""
 
     exit_code = 2
+
+
+class BusyError(InputError):
+    """Another process is at work where this one was to work."""
 
 
 class DivergedError(LorafitError):

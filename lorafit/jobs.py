@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lorafit.config import typed
-from lorafit.errors import DivergedError, LorafitError, MemoryExhausted, Stopped
+from lorafit.errors import BusyError, DivergedError, LorafitError, MemoryExhausted, Stopped
 from lorafit.files import write_atomically, write_json
 from lorafit.schema import Config, check, to_dict
 from lorafit.supervisor import Roll, death
@@ -110,7 +110,8 @@ class Jobs:
             say(f"job {hydra_config.job.num} failed: {said}", error=True)
             _free(error)
             told = str(error) if isinstance(error, LorafitError) else f"{type(error).__name__}: {error}"
-            if self.job is not None and not (folder / "metrics.json").exists():  # refused before it was called
+            refused = self.job is not None and not isinstance(error, BusyError)
+            if refused and not (folder / "metrics.json").exists():  # before it was called
                 _record_refusal(folder, told)
             return {"error": told, "exit_code": getattr(error, "exit_code", 1)}
         except SystemExit as end:

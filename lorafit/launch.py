@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -76,12 +76,18 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
         if folder_key is not None:
             overrides = _on_folder(overrides, folder_key)
         overrides = prepare(overrides)
+        require_one_sweep(overrides)
         overrides = _replay(overrides, arguments.multirun)
         plan = None if _only_shows(arguments) else _plan(arguments, overrides)
-        first = [f"hydra.job.name={name}", *_name_jobs(overrides)]
+        first = [f"hydra.job.name={name}", *_name_jobs(overrides, plan.params if plan is not None else ())]
         if arguments.multirun or plan is not None:
             overrides = postpone(overrides)
         if plan is not None:
+            if _resumed(overrides) is not None and job is not None:
+                raise InputError(
+                    "resume=RUN goes on with one run, and this command sweeps: leave resume out (a sweep with the same "
+                    "hydra.sweep.dir goes on by itself), or give resume=SWEEP, the folder of a sweep"
+                )
             overrides = [text for text in overrides if not text.startswith("hydra.sweep.dir=")]
             overrides.append(f"hydra.sweep.dir={quoted(plan.folder)}")
             if job is not None:  # which writes down its settings itself
@@ -137,6 +143,14 @@ def _replay(overrides: list[str], multirun: bool) -> list[str]:
     return [f"hydra.run.dir={quoted(str(folder))}", *before, *overrides, "hydra.mode=RUN", "hydra.output_subdir=null"]
 
 
+def require_one_sweep(overrides: list[str]) -> None:
+    """Raise InputError where several files of conf/sweep are given as one sweep over them."""
+    for text in overrides:
+        value = text.removeprefix("sweep=")
+        if value != text and "," in value and not value.startswith("["):
+            raise InputError(f"sweep={value} would run each file as one job: give 'sweep=[{value}]' for both at once")
+
+
 def _resumed(overrides: list[str]) -> Path | None:
     given = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
     return Path(given).expanduser() if given else None
@@ -165,10 +179,15 @@ def _replay_sweep(arguments: list[str]) -> list[str]:
     return ["-m", *mine, *given, f"hydra.sweep.dir={quoted(str(folder))}"]
 
 
-def _note_command(folder: Path, roll: Roll) -> None:
+def _note_command(folder: Path, roll: Roll, at_end: bool = False) -> None:
     """Keep in a sweep's folder by which command it goes on: the first from its beginning, a later one when some of its
-    jobs were not refused."""
+    jobs were not refused. One that came to no job is forgotten."""
     path, before = folder / _COMMANDS, []
+    if at_end and not roll.entries():
+        with contextlib.suppress(OSError, ValueError):
+            if len(json.loads(path.read_text())) == 1 and not any(folder.glob("*/metrics.json")):
+                path.unlink()
+        return
     accepted = any(entry.get("exit_code") != InputError.exit_code for entry in roll.entries().values())
     if path.is_file() and not accepted:
         return
@@ -182,7 +201,13 @@ def _note_command(folder: Path, roll: Roll) -> None:
 
 def _on_folder(overrides: list[str], key: str) -> list[str]:
     """The overrides with the folder that was given without its key, and with the run folder there."""
-    plain = [text for text in overrides if os.path.isdir(text) or ("=" not in text and not text.startswith("~"))]
+    # a folder's name may hold a "=", as those of a sweep's jobs do
+    plain = [
+        text
+        for text in overrides
+        if os.path.isdir(text) or "/" in text.partition("=")[0] or ("=" not in text and not text.startswith("~"))
+    ]
+    plain = [text for text in plain if not text.startswith(("hydra/", "lora/"))]
     if len(plain) > 1:
         raise InputError(f"one folder at a time, got {', '.join(plain)}")
     overrides = [text for text in overrides if text not in plain] + [f"{key}={quoted(text)}" for text in plain]
@@ -191,8 +216,9 @@ def _on_folder(overrides: list[str], key: str) -> list[str]:
         return overrides
     folder = os.path.expanduser(plain[0] if plain else given[-1])
     if not os.path.isdir(folder):
-        what = "is no folder" if os.path.exists(folder) else "there is no such folder"
-        raise InputError(f"{key}: {folder!r}: {what}.{near_path(folder)}")
+        if os.path.exists(folder):
+            raise InputError(f"{key}: {folder!r} is a file: give the folder of a sweep or of a run")
+        raise InputError(f"{key}: {folder!r}: there is no such folder.{near_path(folder)}")
     overrides = [text for text in overrides if not text.startswith(f"{key}=")] + [f"{key}={quoted(folder)}"]
     if not any(text.startswith("hydra.run.dir=") for text in overrides):
         if not os.access(folder, os.W_OK):
@@ -206,10 +232,16 @@ def _on_folder(overrides: list[str], key: str) -> list[str]:
     return overrides
 
 
-def _name_jobs(overrides: list[str]) -> list[str]:
-    """Which keys all jobs of a sweep share: the names of their folders leave those out."""
+def _name_jobs(overrides: list[str], params: Collection[str] = ()) -> list[str]:
+    """Which keys all jobs of a sweep share: the names of their folders leave those out.
+
+    params: what the file of a sweep varies, also where the command gives it one value. A sweep of one job is named by
+    its rank and its quant, where those are given.
+    """
     parsed = OverridesParser.create().parse_overrides(overrides)
-    fixed = [item.key_or_group for item in parsed if not item.is_sweep_override()]
+    varied = {*params, *(item.key_or_group for item in parsed if item.is_sweep_override())}
+    varied = varied or {"rank", "quant"}
+    fixed = [item.key_or_group for item in parsed if item.key_or_group not in varied]
     return [f"hydra.job.config.override_dirname.exclude_keys={json.dumps(fixed)}"] if fixed else []
 
 
@@ -228,6 +260,7 @@ class _Plan:
     basic: bool
     factor: int | None
     first: float
+    params: tuple[str, ...] = ()  # what the file of a sweep varies
 
 
 def _plan(arguments: Any, overrides: list[str]) -> _Plan | None:
@@ -249,7 +282,8 @@ def _plan(arguments: Any, overrides: list[str]) -> _Plan | None:
         factor, first = values.halving.factor, values.halving.first
         if factor is not None and not (isinstance(factor, int) and factor >= 2 and 0 < first < 1):
             factor = None  # which the check of each job names
-        return _Plan(os.path.expanduser(values.hydra.sweep.dir), basic, factor, first)
+        params = tuple(map(str, values.hydra.sweeper.get("params") or ()))
+        return _Plan(os.path.expanduser(values.hydra.sweep.dir), basic, factor, first, params)
     except Exception:
         return None
 
@@ -261,7 +295,10 @@ def _sweep(name: str, plan: _Plan, jobs: Jobs, run_hydra: Callable[[], None]) ->
     """Run the jobs of a sweep, here or in a process that is watched, and tell how it went."""
     roll = serve()
     if roll is None:
-        roll = Roll.begin(plan.folder)
+        try:
+            roll = Roll.begin(plan.folder)
+        except OSError as error:
+            raise InputError(f"hydra.sweep.dir: {plan.folder!r} cannot be written to ({error.strerror})") from error
         try:
             if jobs.job is not None:
                 _note_command(Path(plan.folder), roll)
@@ -278,7 +315,7 @@ def _sweep(name: str, plan: _Plan, jobs: Jobs, run_hydra: Callable[[], None]) ->
             _run_jobs(name, plan, jobs, roll, run_hydra)
         finally:
             if jobs.job is not None:
-                _note_command(Path(plan.folder), roll)
+                _note_command(Path(plan.folder), roll, at_end=True)
             roll.end()
     else:
         _run_jobs(name, plan, jobs, roll, run_hydra)

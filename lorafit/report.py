@@ -185,6 +185,12 @@ def report_tables(runs: Sequence[Run], found: Mapping[str, Any]) -> list[Any]:
     if found["recommended"] and found["recommended"]["command"]:
         parts.append(Text(f"  {found['recommended']['command']}", style="bold", no_wrap=True))
     parts += [Text(visible(steps["sentence"])) for steps in found["ladder"]]
+    unfinished = [run for run in runs if run.error and run.status != "completed"]
+    for run in unfinished[:8]:
+        looked = f" (held-out loss {run.rungs[max(run.rungs)]:.4g} there)" if run.rungs else ""
+        parts.append(Text(f"  {visible(run.folder)}: {shorten(visible(run.error or ''), 200)}{looked}"))
+    if len(unfinished) > 8:
+        parts.append(Text(f"  … and {len(unfinished) - 8:,} more that did not end, see the page"))
     if found["not_read"]:
         parts.append(Text("Not read:"))
         parts += [Text(f"  {visible(item['folder'])}: {visible(item['reason'])}") for item in found["not_read"][:8]]

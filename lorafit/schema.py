@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_sha256(config: Config) -> str:
+    """`settings_sha256` of a configuration."""
+    return settings_sha256(to_dict(config))
+
+
+def settings_sha256(values: Mapping[str, Any]) -> str:
     """Equal for two runs of the same settings; where one started from (`resume`), who watches it (`logger`,
     `callbacks`), what is shown of it (`audit`), whether a sweep lets it finish (`halving`) and what is done with an
     adapter or with many runs later do not count."""
@@ -253,7 +258,7 @@ def config_sha256(config: Config) -> str:
         *("resume", "logger", "callbacks", "audit", "halving", "report", "bench"),
         *("adapter", "out", "prompt", "max_kl", "energy", "allow_other_base", "merge", "generate", "combine"),
     )
-    values = {key: value for key, value in to_dict(config).items() if key not in without}
+    values = {key: value for key, value in values.items() if key not in without}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -607,7 +612,11 @@ def _check_files(config: Config) -> Iterable[str]:
             yield f"model.name: {name!r} holds no config.json, so it is no model folder"
     if config.resume is not None:
         if not os.path.isdir(config.resume):
-            yield f"resume: no folder {config.resume!r}"
+            beside = Path(config.resume).parent
+            hint = near_names(config.resume, map(str, beside.iterdir())) if beside.is_dir() else ""
+            yield f"resume: no folder {config.resume!r}{hint}"
+        elif (Path(config.resume) / "multirun.yaml").is_file():
+            yield f"resume: {config.resume!r} is a sweep: give its command again, with hydra.sweep.dir={config.resume}"
         elif not (Path(config.resume) / "checkpoints" / "last.ckpt").is_file():
             yield f"resume: {config.resume!r} holds no checkpoints/last.ckpt to go on from"
 

@@ -22,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from lorafit.build import build_data, device_name, load_base
 from lorafit.config import Config, config_sha256, to_dict
-from lorafit.errors import DivergedError, InputError, MemoryExhausted
+from lorafit.errors import BusyError, DivergedError, InputError, MemoryExhausted
+from lorafit.schema import settings_sha256
 
 if TYPE_CHECKING:
     from lorafit.datamodule import FinetuneDataModule
@@ -76,15 +79,18 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     Raises DivergedError or MemoryExhausted where that is how the job ended, and InputError where the folder holds a job
     of other settings.
     """
-    metrics, begun = read_metrics(folder), (folder / "checkpoints" / "last.ckpt").is_file()
-    if not metrics or (metrics.get("status") == "failed" and not begun):
+    metrics, known = read_metrics(folder), recorded_sha256(folder)
+    if known is None or (metrics.get("status") == "failed" and not _checkpoint(folder).is_file()):
         return None
-    if metrics.get("config_sha256") != config_sha256(config):
-        raise InputError(f"{folder} holds a run of other settings: give another hydra.sweep.dir, or remove that folder")
+    if known != config_sha256(config):
+        raise InputError(
+            f"{folder} holds a run of other settings{_differing(config, folder)}: give another hydra.sweep.dir, or "
+            "remove that folder"
+        )
     status, rungs = metrics.get("status"), metrics.get("rungs", {})
     if until is not None and str(until) in rungs:
         return rungs[str(until)]
-    if status == "completed":
+    if status == "completed" and (folder / "adapter" / "adapter_config.json").is_file():
         return metrics["after"]["loss"] if until is None else math.nan
     for kind in (DivergedError, MemoryExhausted):
         if status == kind.status:
@@ -92,9 +98,47 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     return None
 
 
+def recorded_sha256(folder: Path) -> str | None:
+    """The hash of the settings that the run in a folder goes by; None where nobody knows."""
+    recorded = read_metrics(folder).get("config_sha256")
+    if isinstance(recorded, str):
+        return recorded
+    settings = _recorded_settings(folder)  # metrics.json comes later, and may be damaged
+    return settings_sha256(settings) if settings else None
+
+
+def _recorded_settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load((folder / ".hydra" / "resolved.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _differing(config: Config, folder: Path) -> str:
+    """The first settings that are not as recorded: " (trainer.max_steps is 60 there, 4 here)"."""
+    here, there = (_flat(values) for values in (to_dict(config), _recorded_settings(folder)))
+    watching = ("resume", "logger", "callbacks", "audit", "halving", "report", "bench")
+    keys = [key for key in here if key in there and here[key] != there[key] and key.partition(".")[0] not in watching]
+    told = ", ".join(f"{key} is {there[key]} there, {here[key]} here" for key in keys[:3])
+    return f" ({told})" if told else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _checkpoint(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
 def resumed(config: Config, folder: Path) -> Config:
-    """The configuration with which the job in `folder` goes on, or begins."""
-    if not (folder / "checkpoints" / "last.ckpt").is_file():
+    """The configuration with which the job in `folder` goes on, or begins: where nobody knows by which settings its
+    checkpoint came about, it begins anew."""
+    if not _checkpoint(folder).is_file() or recorded_sha256(folder) != config_sha256(config):
         return config
     config = copy.copy(config)
     config.resume = str(folder)
@@ -103,7 +147,7 @@ def resumed(config: Config, folder: Path) -> Config:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Raise InputError where another process is at the job of this folder: both would write the same files."""
+    """Raise BusyError where another process is at the job of this folder: both would write the same files."""
     import fcntl
 
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -115,7 +159,7 @@ def alone(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise InputError(f"another process is at work in {folder}: wait for it, or stop it") from None
+                    raise BusyError(f"another process is at work in {folder}: wait for it, or stop it") from None
                 time.sleep(0.1)
             except OSError:
                 break  # a file system without locks

@@ -82,10 +82,10 @@ def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> f
         if found is not None:
             say(f"done already: held-out loss {found:.4g}" if math.isfinite(found) else "done already")
             return found
-        before = read_metrics(folder)
+        before, going_on = read_metrics(folder), resumed(config, folder)
         record_settings(folder, config)
         try:
-            return _recorded(resumed(config, folder), folder, _SHARED, Job(sweep, until, before.get("rungs", {})))
+            return _recorded(going_on, folder, _SHARED, Job(sweep, until, before.get("rungs", {})))
         except Beyond:
             say("it has come further already")
             return math.nan
@@ -367,7 +367,8 @@ def require_steps(config: Config, steps: int, folder: Path, resumed_at: int) -> 
     warmup = config.scheduler.warmup
     if isinstance(warmup, int) and 0 < steps <= warmup:
         raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
-    if resumed_at >= steps and read_metrics(folder).get("status") == "completed":
+    done = read_metrics(folder).get("status") == "completed" and (folder / "adapter").is_dir()
+    if resumed_at >= steps and done:
         raise InputError(f"resume: {config.resume!r} is complete: raise trainer.max_steps above {steps} to go on")
 
 

@@ -155,7 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run == "-":
         print(text, end="")
     else:
-        Path(options.dry_run).write_text(text)
+        try:
+            Path(options.dry_run).write_text(text)
+        except OSError as error:
+            end(f"dashboard: {options.dry_run!r} cannot be written ({error.strerror})")
 
 
 def log_in(entity: str | None) -> str:

@@ -507,7 +507,7 @@ def test_a_sweep_over_quant_takes_keys_of_quant(program: Program) -> None:
     seen = []
     code, _, err = program(lambda c, f: seen.append((f.name, c.quant)), "-m", "quant=fp4", "quant.block_size=128")
     assert (code, err) == (0, "")
-    assert seen == [("quant=fp4,quant.block_size=128", Quant("fp4", True, 128, "bfloat16"))]
+    assert seen == [("quant=fp4", Quant("fp4", True, 128, "bfloat16"))]
     code, _, err = program(lambda c, f: None, "-m", "quant=fp4,none", "quant.block_size=128")
     assert code == 2 and "quant.block_size cannot be set, quant is none" in err
 

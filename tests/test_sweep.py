@@ -1060,3 +1060,69 @@ def test_resume_of_a_folder_that_does_not_say_what_was_swept_is_refused() -> Non
     Path("all/sweep.json").write_text("{}\n")
     code, _, err = program("resume=all")
     assert code == 2 and "does not say what was swept" in err
+
+
+# ------------------------------------------------------------------------------------------- what people do to folders
+
+
+@pytest.mark.parametrize("content", [None, "{broken"], ids=["removed", "damaged"])
+def test_a_job_whose_metrics_are_gone_is_still_known_by_its_settings(finished: Path, content: str | None) -> None:
+    path = finished / "rank=2" / "metrics.json"
+    path.unlink() if content is None else path.write_text(content)
+    code, _, err = program(*SWEEP, "dropout=0.3")
+    assert code == 2 and "rank=2 holds a run of other settings (dropout is 0.1 there, 0.3 here)" in err
+
+
+def test_a_job_without_its_adapter_is_not_done(finished: Path, whole: Path) -> None:
+    shutil.rmtree(finished / "rank=2" / "adapter")
+    assert done(*SWEEP).count("done already") == 1
+    assert_same(whole / "rank=2", "all/rank=2")
+
+
+def test_a_damaged_checkpoint_is_one_message_with_a_way_out(finished: Path) -> None:
+    path = finished / "rank=2" / "metrics.json"
+    write_json(path, metrics_of("all/rank=2") | {"status": "interrupted"})
+    (finished / "rank=2" / "checkpoints" / "last.ckpt").write_bytes(b"xx")
+    code, _, err = program(*SWEEP)
+    assert code == 2 and "Traceback" not in err and "last.ckpt cannot be read as a checkpoint" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["-m", "sweep=rank,targets"], "give 'sweep=[rank,targets]' for both at once"),
+        (["-m", "rank=2,4", "resume=all/rank=2"], "resume=RUN goes on with one run, and this command sweeps"),
+    ],
+)
+def test_what_would_sweep_otherwise_than_meant_is_refused(finished: Path, overrides: list[str], said: str) -> None:
+    before = stamps(finished)
+    code, _, err = program(*overrides)
+    assert code == 2 and said in err and err.count("\n") == 1
+    assert stamps(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["-m", "rank=5", "trainer.max_steps=4"], "rank=5"),
+        (["sweep=rank", "rank=5", "trainer.max_steps=4"], "rank=5"),
+        (["sweep=targets", "lora/target_modules=qv"], "lora.target_modules=qv"),
+    ],
+)
+def test_a_sweep_of_one_value_names_its_folder_as_one_of_several_does(
+    overrides: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(train, "run_job", lambda config, folder, sweep, until: seen.append(folder.name) or 1.0)
+    done(*overrides, "hydra.sweep.dir=one")
+    assert seen == [name]
+
+
+def test_a_job_folder_is_reported_by_its_name_as_it_is(finished: Path) -> None:
+    from lorafit import report
+
+    code, out, err = run_program(report, "all/rank=2")
+    assert code == 0, err
+    assert (finished / "rank=2" / "report.html").is_file() and "is the only choice" in out
+    said = run_program(report, "all/rank=3")[2]
+    assert "there is no such folder. Did you mean" in said and "'all/rank=4'" in said

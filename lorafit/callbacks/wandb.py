@@ -224,7 +224,7 @@ def _show(run_id: str, place: Path, shared: Path) -> None:
     """Link a run's folder into its sweep's, in place of what was linked there of the same run."""
     with contextlib.suppress(OSError):  # a file system without links: then the runs are found in their own folders
         shared.mkdir(parents=True, exist_ok=True)
-        for link in shared.glob(f"*run-*-{run_id}*"):
-            if link.is_symlink():
+        for link in shared.glob("*run-*"):  # of this run before, or of one whose folder was removed
+            if link.is_symlink() and (run_id in link.name or not link.exists()):
                 link.unlink()
         (shared / place.name).symlink_to(os.path.relpath(place, shared))
