@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> f
             say(f"done already: held-out loss {found:.4g}" if math.isfinite(found) else "done already")
             return found
         before, going_on = read_metrics(folder), resumed(config, folder)
+        if going_on.resume is None:  # a checkpoint of nobody knows which settings is not to be found here later
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         record_settings(folder, config)
         try:
             return _recorded(going_on, folder, _SHARED, Job(sweep, until, before.get("rungs", {})))

@@ -1079,6 +1079,15 @@ def test_a_job_without_its_adapter_is_not_done(finished: Path, whole: Path) -> N
     assert_same(whole / "rank=2", "all/rank=2")
 
 
+def test_a_checkpoint_of_unknown_settings_is_not_gone_on_with(finished: Path, whole: Path) -> None:
+    (finished / "rank=2" / "metrics.json").unlink()
+    shutil.rmtree(finished / "rank=2" / ".hydra")
+    done(*SWEEP[:2], "dropout=0.3", "hydra.sweep.dir=other")
+    shutil.copy("other/rank=2/checkpoints/last.ckpt", finished / "rank=2" / "checkpoints")  # as of another run
+    done(*SWEEP)
+    assert_same(whole / "rank=2", "all/rank=2")
+
+
 def test_a_damaged_checkpoint_is_one_message_with_a_way_out(finished: Path) -> None:
     path = finished / "rank=2" / "metrics.json"
     write_json(path, metrics_of("all/rank=2") | {"status": "interrupted"})
