@@ -223,6 +223,8 @@ def start_watching(command: list[str], before: str = "") -> subprocess.Popen[byt
     """A process, in a group of its own, that watches the worker of this command."""
     text = (
         "import signal, sys; from lorafit.supervisor import Roll, supervise\n"
+        # as in a terminal, however the tests were started: under nohup and in the background some are ignored
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"{before}\n"
         "roll = Roll.begin('sweep')\n"
         "code = supervise(sys.argv[1:], roll)\n"
