@@ -86,8 +86,9 @@ class Jobs:
         if entry is not None and entry["ended"] and "died" not in entry:
             return entry.get("objective")  # done by a worker that died at a later job
         say(f"\njob {number}: {folder.name}  ->  {folder}")
-        if entry is not None and _record_death(folder, said := death(entry.get("died", -9))[0]):
-            entry |= {"error": said, "exit_code": death(entry.pop("died", -9))[1]}
+        said, code = death(entry.pop("died", -9)) if entry is not None else ("", 0)
+        if entry is not None and _record_death(folder, said):
+            entry |= {"error": said, "exit_code": code}
             say(f"job {number} failed: {said}", error=True)
         else:
             entry = {"name": folder.name, "folder": str(folder), "ended": False}

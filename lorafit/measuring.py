@@ -92,16 +92,11 @@ def measure_ladder(model: Any, loss: Callable[[], float], ranks: Iterable[int]) 
     with Trial(model) as trial:
         if not trial.layers:
             raise InputError("ladder: the adapter has no LoRA layers to cut, only modules that were trained whole")
-        own = {name: layer.rank for name, layer in trial.layers.items()}
-        sizes = {
-            name: (layer.lora_A.weight.numel() + layer.lora_B.weight.numel()) // own[name]
-            for name, layer in trial.layers.items()
-        }
-        highest = max(own.values())
+        highest = max(trial.ranks.values())
         for rank in sorted({rank for rank in ranks if rank < highest} | {highest}):
             kept = trial.keep(rank=rank)
             losses[str(rank)] = loss()
-            parameters[str(rank)] = sum(size * kept[name] for name, size in sizes.items())
+            parameters[str(rank)] = trial.parameters(kept)
     return {"losses": losses, "parameters": parameters}
 
 

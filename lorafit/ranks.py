@@ -115,11 +115,7 @@ def study(model: Any, loss: Callable[[], float], *, kept: float = KEPT) -> dict[
     from lorafit.spectrum import Trial, effective_rank, energy, rank_for_energy
 
     with Trial(model) as trial:
-        own = {name: layer.rank for name, layer in trial.layers.items()}
-        sizes = {
-            name: (layer.lora_A.weight.numel() + layer.lora_B.weight.numel()) // own[name]
-            for name, layer in trial.layers.items()
-        }
+        own = trial.ranks
         highest = max(own.values())
         full_loss = loss()
         with adapters_off(model):
@@ -137,7 +133,7 @@ def study(model: Any, loss: Callable[[], float], *, kept: float = KEPT) -> dict[
         by_energy = {}
         for share in SHARES:
             ranks = trial.keep(energy=share)
-            by_energy[str(share)] = {"loss": loss(), "ranks": ranks, "parameters": _parameters(sizes, ranks)}
+            by_energy[str(share)] = {"loss": loss(), "ranks": ranks, "parameters": trial.parameters(ranks)}
         spectra = trial.spectra
     effective = {name: effective_rank(values) for name, values in spectra.items()}
     recommended = recommend(losses, base_loss, full_loss, kept)
@@ -149,7 +145,7 @@ def study(model: Any, loss: Callable[[], float], *, kept: float = KEPT) -> dict[
         "modules": {
             name: {
                 "rank": own[name],
-                "parameters": sizes[name] * own[name],
+                "parameters": trial.parameters({name: own[name]}),
                 "effective_rank": effective[name],
                 "energy": energy(values),
                 "energy_ranks": {str(share): rank_for_energy(values, share) for share in SHARES},
@@ -163,12 +159,8 @@ def study(model: Any, loss: Callable[[], float], *, kept: float = KEPT) -> dict[
         "base_loss": base_loss,
         "full_loss": full_loss,
         "energy_ranks": by_energy,
-        "parameters": {"now": _parameters(sizes, own), "recommended": _parameters(sizes, capped)},
+        "parameters": {"now": trial.parameters(own), "recommended": trial.parameters(capped)},
     }
-
-
-def _parameters(sizes: Mapping[str, int], ranks: Mapping[str, int]) -> int:
-    return sum(size * ranks[name] for name, size in sizes.items())
 
 
 def even_ranks(highest: int) -> list[int]:

@@ -245,6 +245,13 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+# sections and keys that do not change what comes out of a run
+NO_PART_OF_A_RUN = (
+    *("resume", "logger", "callbacks", "audit", "halving", "report", "bench"),
+    *("adapter", "out", "prompt", "max_kl", "energy", "allow_other_base", "merge", "generate", "combine"),
+)
+
+
 def config_sha256(config: Config) -> str:
     """`settings_sha256` of a configuration."""
     return settings_sha256(to_dict(config))
@@ -254,11 +261,7 @@ def settings_sha256(values: Mapping[str, Any]) -> str:
     """Equal for two runs of the same settings; where one started from (`resume`), who watches it (`logger`,
     `callbacks`), what is shown of it (`audit`), whether a sweep lets it finish (`halving`) and what is done with an
     adapter or with many runs later do not count."""
-    without = (
-        *("resume", "logger", "callbacks", "audit", "halving", "report", "bench"),
-        *("adapter", "out", "prompt", "max_kl", "energy", "allow_other_base", "merge", "generate", "combine"),
-    )
-    values = {key: value for key, value in values.items() if key not in without}
+    values = {key: value for key, value in values.items() if key not in NO_PART_OF_A_RUN}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ them (Eckart and Young 1936); nothing else of the layer changes, its scaling inc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,12 +115,18 @@ class Trial:
     """A context in which the adapter of a model can be cut again and again; afterwards every bit is as it was.
 
     Each product is decomposed once. `keep` then swaps smaller factors in, which compute as those of `cut` do.
-    spectra: the singular values of each LoRA layer by name, as `spectrum` gives them.
+    spectra: the singular values of each LoRA layer by name, as `spectrum` gives them. ranks: those of the layers
+    themselves.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = lora_layers(model)
+        self.ranks = {name: layer.rank for name, layer in self.layers.items()}
+        self._sizes = {
+            name: (layer.lora_A.weight.numel() + layer.lora_B.weight.numel()) // layer.rank
+            for name, layer in self.layers.items()
+        }
         self.spectra: dict[str, Tensor] = {}
         self._own = {name: (layer.lora_A.weight.data, layer.lora_B.weight.data) for name, layer in self.layers.items()}
         self._rotated: dict[str, tuple[Tensor, Tensor]] = {}
@@ -139,6 +145,10 @@ class Trial:
                 layer.lora_A.weight.data = rotated_A[: ranks[name]].contiguous()
                 layer.lora_B.weight.data = rotated_B[:, : ranks[name]].contiguous()
         return ranks
+
+    def parameters(self, ranks: Mapping[str, int]) -> int:
+        """How many parameters the layers of these names have at these ranks."""
+        return sum(self._sizes[name] * rank for name, rank in ranks.items())
 
     def restore(self) -> None:
         """Put the adapter's own factors back: the same memory, so the same bits."""

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ import yaml
 from lorafit.build import build_data, device_name, load_base
 from lorafit.config import Config, config_sha256, to_dict
 from lorafit.errors import BusyError, DivergedError, InputError, MemoryExhausted
-from lorafit.schema import settings_sha256
+from lorafit.schema import NO_PART_OF_A_RUN, settings_sha256
 
 if TYPE_CHECKING:
     from lorafit.datamodule import FinetuneDataModule
@@ -117,17 +117,18 @@ def _recorded_settings(folder: Path) -> dict[str, Any]:
 
 def _differing(config: Config, folder: Path) -> str:
     """The first settings that are not as recorded: " (trainer.max_steps is 60 there, 4 here)"."""
-    here, there = (_flat(values) for values in (to_dict(config), _recorded_settings(folder)))
-    watching = ("resume", "logger", "callbacks", "audit", "halving", "report", "bench")
-    keys = [key for key in here if key in there and here[key] != there[key] and key.partition(".")[0] not in watching]
+    here, there = (flat(values) for values in (to_dict(config), _recorded_settings(folder)))
+    keys = [key for key in here if key in there and here[key] != there[key]]
+    keys = [key for key in keys if key.partition(".")[0] not in NO_PART_OF_A_RUN]
     told = ", ".join(f"{key} is {there[key]} there, {here[key]} here" for key in keys[:3])
     return f" ({told})" if told else ""
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys: {"quant.type": "nf4"}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,12 @@ def build_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,  # our loader shares the batches out itself
     )
+
+
+def log_to_all(trainer: L.Trainer, numbers: Mapping[str, float]) -> None:
+    """Hand numbers of the step that was just taken to every logger of a trainer."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(numbers), step=trainer.global_step)
 
 
 def quiet_libraries() -> None:

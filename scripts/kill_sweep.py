@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from lorafit.sweep import flat, read_metrics
 
 # what depends on when and where a run was, not on what it computed
 TIMES = ("speed", "memory")
@@ -45,25 +46,13 @@ def run(command: Sequence[str], log: Path, seconds: float | None = None) -> tupl
     return code, time.monotonic() - began
 
 
-def metrics_of(job: Path) -> dict[str, Any]:
-    path = job / "metrics.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
-
-
 def differing(one: Path, other: Path) -> list[str]:
     """What is not the same in two run folders, times and memory aside."""
     mine, theirs = (
-        flat({key: value for key, value in metrics_of(job).items() if key not in TIMES}) for job in (one, other)
+        flat({key: value for key, value in read_metrics(job).items() if key not in TIMES}) for job in (one, other)
     )
     found = [f"metrics.json: {key}" for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
-    if metrics_of(one).get("speed", {}).get("steps") != metrics_of(other).get("speed", {}).get("steps"):
+    if read_metrics(one).get("speed", {}).get("steps") != read_metrics(other).get("speed", {}).get("steps"):
         found.append("metrics.json: speed.steps")
     for name in ("adapter/adapter_model.safetensors", "samples.jsonl"):
         files = [job / name for job in (one, other)]
@@ -112,7 +101,9 @@ def main() -> None:
         for path, stamp in finished.items():
             if path.stat().st_mtime_ns != stamp:
                 touched.append(path.parent.name)
-        done = [path for path in killed.glob("*/metrics.json") if metrics_of(path.parent).get("status") == "completed"]
+        done = [
+            path for path in killed.glob("*/metrics.json") if read_metrics(path.parent).get("status") == "completed"
+        ]
         finished |= {path: path.stat().st_mtime_ns for path in done if path not in finished}
         moments.append({"seconds": round(seconds, 1), "exit_code": code, "completed": len(finished)})
         print(f"call {number + 1}: exit code {code} after {seconds:.1f} s, {len(finished)} jobs complete", flush=True)

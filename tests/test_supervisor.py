@@ -372,7 +372,7 @@ def sweep_in(folder: Path) -> tuple[int, str]:
 
 
 def test_a_second_job_starts_in_a_tenth_of_the_time_of_the_first(calm: Path) -> None:
-    first, second = (kill_sweep.metrics_of(calm / f"rank={rank}")["speed"]["startup_seconds"] for rank in (2, 4))
+    first, second = (kill_sweep.read_metrics(calm / f"rank={rank}")["speed"]["startup_seconds"] for rank in (2, 4))
     assert 0 < second < 0.1 * first
 
 
@@ -389,10 +389,10 @@ def test_a_worker_that_is_killed_in_a_job_is_recorded_and_goes_on_when_called_ag
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL, out
     assert "Traceback" not in out and "1 of 2 jobs failed:\n  rank=2: killed by SIGKILL" in out
-    metrics = kill_sweep.metrics_of(job)
+    metrics = kill_sweep.read_metrics(job)
     assert metrics["status"] == "interrupted" and metrics["error"].startswith("killed by SIGKILL")
     assert 3 <= steps_of(job) < STEPS and not (job / "adapter").exists()
-    assert kill_sweep.metrics_of(tmp_path / "all" / "rank=4")["status"] == "completed"
+    assert kill_sweep.read_metrics(tmp_path / "all" / "rank=4")["status"] == "completed"
     assert kill_sweep.differing(calm / "rank=4", tmp_path / "all" / "rank=4") == []
     ended = (tmp_path / "all" / "rank=4" / "metrics.json").stat().st_mtime_ns
 
@@ -443,7 +443,7 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(
         for path, stamp in finished.items():
             assert path.stat().st_mtime_ns == stamp
         for path in (tmp_path / "all").glob("*/metrics.json"):
-            if kill_sweep.metrics_of(path.parent)["status"] == "completed":
+            if kill_sweep.read_metrics(path.parent)["status"] == "completed":
                 finished.setdefault(path, path.stat().st_mtime_ns)
     code, _ = kill_sweep.run(command, tmp_path / "log")
     assert code == 0, (tmp_path / "log").read_text()

@@ -18,6 +18,7 @@ from lorafit.datamodule import FinetuneDataModule
 from lorafit.evaluation import evaluate_loss
 from lorafit.files import write_atomically
 from lorafit.module import FinetuneModule
+from lorafit.trainer import log_to_all
 
 
 class Checkpoints(L.Callback):
@@ -84,8 +85,7 @@ class Checkpoints(L.Callback):
         assert isinstance(pl_module, FinetuneModule) and pl_module.model is not None
         loss = evaluate_loss(pl_module.model, data.eval_batches())["loss"]
         loss = torch.tensor(loss, dtype=torch.float64).float().item()  # as the module logs it
-        for logger in trainer.loggers:
-            logger.log_metrics({"eval/loss": loss}, step=trainer.global_step)
+        log_to_all(trainer, {"eval/loss": loss})
         self._validated_step = trainer.global_step
         best = Path(str(trainer.ckpt_path))
         if loss < self.best_loss and best.is_file():

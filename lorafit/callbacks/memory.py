@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lorafit.memory import memory_by_part, peak_bytes
 from lorafit.module import FinetuneModule
 from lorafit.terminal import human
+from lorafit.trainer import log_to_all
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ class PagedOptimizerMemory(L.Callback):
         self.parts = memory_by_part(pl_module, trainer.optimizers[0]) | {"gradient": self.gradient_bytes}
         self.peak = max(self._peak_before, peak_bytes(pl_module.device) - self.idle_bytes)
         numbers = {f"memory/{part}_bytes": float(count) for part, count in self.parts.items()}
-        again, self._counted = trainer.global_step == self._counted, trainer.global_step
-        for logger in () if again else trainer.loggers:
-            logger.log_metrics(numbers | {"memory/peak_bytes": float(self.peak)}, step=trainer.global_step)
+        if trainer.global_step != self._counted:
+            self._counted = trainer.global_step
+            log_to_all(trainer, numbers | {"memory/peak_bytes": float(self.peak)})
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": self.parts, "gradient_bytes": self.gradient_bytes, "peak": self.peak}

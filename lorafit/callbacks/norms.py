@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorafit.inject import lora_layers
 from lorafit.module import FinetuneModule
+from lorafit.trainer import log_to_all
 
 
 class AdapterNorms(L.Callback):
@@ -30,9 +31,7 @@ class AdapterNorms(L.Callback):
             return
         if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == 1:
             assert pl_module.model is not None
-            numbers = adapter_norms(pl_module.model)
-            for logger in trainer.loggers:
-                logger.log_metrics(numbers, step=trainer.global_step)
+            log_to_all(trainer, adapter_norms(pl_module.model))
 
 
 @torch.no_grad()

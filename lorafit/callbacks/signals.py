@@ -63,8 +63,7 @@ class StopOnSignal(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training = False
-        if self.signum is not None:
-            raise Stopped(self.signum)
+        self.check()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._training = False  # nobody looks at `signum` any more

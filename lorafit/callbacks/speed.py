@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 
 from lorafit.module import FinetuneModule
+from lorafit.trainer import log_to_all
 
 
 class StepMetrics(L.Callback):
@@ -70,18 +71,14 @@ class StepMetrics(L.Callback):
                 "train/supervised_tokens_per_second": (self.supervised_tokens - before) / seconds,
                 "train/seconds": self.seconds,
             }
-            for logger in trainer.loggers:
-                logger.log_metrics(self.recent, step=trainer.global_step)
+            log_to_all(trainer, self.recent)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_clock()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {"eval/loss": float(trainer.callback_metrics["eval/loss"])}, step=trainer.global_step
-                )
+            log_to_all(trainer, {"eval/loss": float(trainer.callback_metrics["eval/loss"])})
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._stop_clock()

@@ -29,16 +29,12 @@ import yaml
 from lorafit.errors import InputError, did_you_mean
 from lorafit.ranks import recommend
 from lorafit.reporting.runs import Run
-from lorafit.schema import CONF
+from lorafit.schema import CONF, NO_PART_OF_A_RUN
 
 # what a run is compared by beside its metric: less is better
 SIZES = ("parameters_trainable", "peak_bytes", "train_seconds")
 
-# settings that do not change what comes out of a run
-_WATCHING = (
-    *("resume", "logger", "callbacks", "audit", "halving", "ladder", "report", "bench"),
-    *("adapter", "out", "prompt", "max_kl", "energy", "allow_other_base", "merge", "generate", "combine"),
-)
+_WATCHING = (*NO_PART_OF_A_RUN, "ladder")  # settings that do not change the adapter
 # settings that say what is measured; the later ones where the held-out rows are a part of the training data
 _MEASURED = (
     *("model.name", "model.revision", "model.init", "task.name", "task.eval_examples", "data.eval_path"),
