@@ -3,8 +3,10 @@
     LorafitError                 never raised itself
     ├── InputError        2      wrong configuration or input: one message, no traceback
     │   └── BusyError     2      another process is at work there
-    ├── DivergedError     3      a loss or a weight is no longer finite
-    └── MemoryExhausted   4      the device or the host has no memory left
+    ├── DivergedError     3      losses or weights are no longer finite
+    ├── NotLearning       3      training runs, but does not do what it should
+    ├── MemoryExhausted   4      the device or the host has no memory left
+    └── NotSaved          5      trained, but what was to be kept could not be written
     Stopped         130, 143     a signal asked the run to end (a BaseException: nothing swallows it)
     Paused                       training was to stop here; the run takes it from there (a BaseException as well)
 
@@ -44,11 +46,23 @@ class DivergedError(LorafitError):
     status = "diverged"
 
 
+class NotLearning(LorafitError):
+    """A layer does not learn, or the frozen base has changed: what comes out would not be what it is taken for."""
+
+    exit_code = 3
+
+
 class MemoryExhausted(LorafitError):
     """The device or the host ran out of memory."""
 
     exit_code = 4
     status = "out_of_memory"
+
+
+class NotSaved(LorafitError):
+    """The adapter could not be written where it belongs."""
+
+    exit_code = 5
 
 
 class Stopped(BaseException):

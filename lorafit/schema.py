@@ -112,6 +112,8 @@ class Trainer:
     gradient_clip_val: float | None = MISSING
     log_every_n_steps: int = MISSING
     checkpoint_every_n_steps: int | None = MISSING
+    max_skipped_steps: int = MISSING
+    on_oom: str = MISSING
 
 
 @dataclass
@@ -119,6 +121,7 @@ class Callbacks:
     progress: bool = MISSING
     memory_every_n_steps: int | None = MISSING
     norms_every_n_steps: int | None = MISSING
+    prove_after_n_steps: int | None = MISSING
 
 
 @dataclass
@@ -214,6 +217,7 @@ class Config:
     adapter_dtype: str = MISSING
     seed: int = MISSING
     resume: str | None = MISSING
+    allow_changed: list[str] = MISSING
     adapter: Any = MISSING  # None, a str, a list of str, or a dict of name: str
     out: str | None = MISSING
     prompt: str | None = MISSING
@@ -247,7 +251,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 # sections and keys that do not change what comes out of a run
 NO_PART_OF_A_RUN = (
-    *("resume", "logger", "callbacks", "audit", "halving", "report", "bench"),
+    *("resume", "allow_changed", "logger", "callbacks", "audit", "halving", "report", "bench"),
     *("adapter", "out", "prompt", "max_kl", "energy", "allow_other_base", "merge", "generate", "combine"),
 )
 
@@ -308,6 +312,7 @@ _CHOICES = {
     "data.on_bad_row": ("error", "skip"),
     "scheduler.name": ("cosine", "linear", "constant"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.on_oom": ("stop", "halve"),
     "logger.type": ("wandb", "csv"),
     "logger.mode": ("offline", "online", "disabled"),
 }
@@ -325,6 +330,7 @@ _POSITIVE = (
     "trainer.checkpoint_every_n_steps",
     "callbacks.memory_every_n_steps",
     "callbacks.norms_every_n_steps",
+    "callbacks.prove_after_n_steps",
     "generate.max_new_tokens",
     "generate.batch_size",
     "combine.rank",
@@ -332,7 +338,10 @@ _POSITIVE = (
     "bench.steps",
     "bench.warmup",
 )  # where the type allows null, null is fine
-_NOT_NEGATIVE = ("seed", "task.generate_examples", "task.samples", "data.num_workers", "audit.examples")
+_NOT_NEGATIVE = (
+    *("seed", "task.generate_examples", "task.samples", "data.num_workers", "audit.examples"),
+    "trainer.max_skipped_steps",
+)
 
 
 def near_names(word: str, choices: Iterable[str], count: int = 3) -> str:
