@@ -1,35 +1,182 @@
 """Checkpoints, and the random state that a resumed run needs.
 
-Nothing is read back except as plain data (`weights_only`), since a pickle can run code.
+Nothing is read back except as plain data (`weights_only`), since a pickle can run code; and nothing that is not the
+file that was written: PyTorch leaves the checksums in its archives unread, so that a flipped bit would go on as a
+weight. They are read here. The checkpoint before the newest one is kept, for the day on which that one is damaged.
 """
 
 from __future__ import annotations
 
 import random
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
-from lorafit.errors import InputError
+from lorafit.errors import InputError, reason
 from lorafit.files import write_atomically
 
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+_PARTS = {"global_step": int, "state_dict": dict, "loops": dict, "optimizer_states": list, "random_state": dict}
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """torch.save, atomically."""
-    write_atomically(path, lambda file: torch.save(state, file))
+
+def save_checkpoint(path: str | Path, state: dict[str, Any], keep: str | Path | None = None) -> None:
+    """torch.save, atomically. keep: where the checkpoint goes that was at `path`. Raises OSError where the disk does
+    not take it; then what was at `path` is there as it was."""
+
+    def write(file: IO[bytes]) -> None:
+        told = _Told(file)
+        try:
+            torch.save(state, told)  # type: ignore[arg-type]  # all that it asks of a file
+        except Exception:
+            if told.error is not None:  # PyTorch tells of a full disk as of a fault in its own writer
+                raise told.error from None
+            raise
+
+    write_atomically(path, write, keep=keep)
+
+
+class _Told:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """torch.load of plain data and tensors. Raises InputError for a file that is damaged, or would run code."""
+    """torch.load of plain data and tensors. Raises InputError for a file that is damaged, that is no checkpoint, or
+    that would run code."""
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        _require_whole(Path(path))
+        state = torch.load(path, map_location=map_location, weights_only=True)
+        _require_parts(state)
     except FileNotFoundError:
         raise
     except Exception as error:  # of many kinds, and PyTorch's own advice would have the file run its code
-        what = type(error).__name__
-        raise InputError(f"{path} cannot be read as a checkpoint ({what}): remove it to begin anew") from error
+        raise InputError(f"{path} cannot be read as a checkpoint ({_said(error)}): remove it to begin anew") from error
+    return state
+
+
+class Unfit(InputError):
+    """A checkpoint is whole, but what it holds cannot be gone on from."""
+
+
+class _Damaged(Exception):
+    """What is wrong with a file."""
+
+
+def _said(error: Exception) -> str:
+    """What is wrong; not PyTorch's words, which go on to how to trust the file."""
+    return reason(error) if isinstance(error, _Damaged | OSError) else type(error).__name__
+
+
+def _require_whole(path: Path) -> None:
+    """Hold every part of the archive against its checksum."""
+    if path.exists() and not path.is_file():
+        raise _Damaged("it is no regular file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise _Damaged("it is compressed, which no checkpoint is")
+            if sum(part.file_size for part in parts) > path.stat().st_size:
+                raise _Damaged("it claims more than it holds")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
+        raise _Damaged("it is cut off or damaged") from error
+    if damaged is not None:
+        raise _Damaged("its checksums do not agree with what is in it")
+
+
+def _require_parts(state: object) -> None:
+    if not isinstance(state, dict):
+        raise _Damaged("it holds no state of a run")
+    for key, kind in _PARTS.items():
+        if not isinstance(state.get(key), kind):
+            raise _Damaged(f"{key!r} is missing, or is none")
+    if isinstance(state["global_step"], bool) or not 0 <= state["global_step"] < 2**48:
+        raise _Damaged("its step is impossible")
+
+
+@dataclass
+class Found:
+    """A checkpoint that can be gone on from. damaged: what is wrong with newer ones, by their path."""
+
+    path: Path
+    state: dict[str, Any]
+    damaged: dict[Path, str]
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps it has taken."""
+        return int(self.state["global_step"])
+
+
+def newest_checkpoint(folder: str | Path) -> Found | None:
+    """The newest checkpoint in a folder that can be read: the last, else the one before it, else the best. None where
+    there is none at all; InputError that names them all where none can be read."""
+    damaged: dict[Path, str] = {}
+    for name in (LAST, PREVIOUS, BEST):
+        path = Path(folder) / name
+        if not path.exists():
+            continue
+        try:
+            return Found(path, load_checkpoint(path), damaged)
+        except InputError as error:
+            damaged[path] = str(error)
+    if damaged:
+        raise InputError("\n".join(damaged.values()))
+    return None
+
+
+def require_like(found: object, own: object, what: str) -> None:
+    """Raise Unfit where a piece of a checkpoint is not of the kind of `own`, which says how it should look:
+    numbers where it has numbers, the same keys where it has keys. A None in `own` stands for anything plain."""
+    good = True
+    if isinstance(own, dict):
+        good = isinstance(found, dict) and all(isinstance(key, str) for key in found)
+        if good:
+            assert isinstance(found, dict)
+            like = own or dict.fromkeys(found, 0)  # what is still empty holds numbers
+            if missing := sorted(set(like) - set(found)):
+                raise Unfit(f"{what} lacks {missing[0]!r}")
+            for key, value in like.items():
+                require_like(found[key], value, f"{what}.{key}")
+    elif isinstance(own, bool):
+        good = isinstance(found, bool)
+    elif isinstance(own, int | float):
+        good = isinstance(found, int | float) and not isinstance(found, bool)
+    elif isinstance(own, str | list | tuple):
+        good = isinstance(found, str if isinstance(own, str) else list | tuple)
+    if not good:
+        raise Unfit(f"{what} is {type(found).__name__}, where {type(own).__name__} belongs")
+
+
+def require_counts(found: object, what: str) -> None:
+    """Raise Unfit unless a tree of dicts and lists holds nothing but whole numbers from zero on."""
+    if isinstance(found, Mapping):
+        for key, value in found.items():
+            require_counts(value, f"{what}.{key}")
+    elif isinstance(found, list | tuple):
+        for value in found:
+            require_counts(value, what)
+    elif not isinstance(found, int) or not 0 <= found < 2**48:
+        raise Unfit(f"{what} is {str(found)[:40]!r}, where a count belongs")
 
 
 def random_state() -> dict[str, Any]:

@@ -91,9 +91,12 @@ ConfigStore.instance().store(name="lorafit_schema", node=Config)
 # --- from Hydra's config to ours ------------------------------------------------------------------
 
 
-def compose(overrides: Iterable[str] = ()) -> Config:
-    """The checked config that a command with these overrides gives, or an InputError."""
+def compose(overrides: Iterable[str] = (), config_dir: str | None = None) -> Config:
+    """The checked config that a command with these overrides gives, or an InputError. config_dir: a folder with more
+    files of settings."""
     arguments = prepare(list(overrides))
+    if config_dir is not None:
+        arguments.append(f"hydra.searchpath=[{quoted('file://' + os.path.abspath(config_dir))}]")
     try:
         with hydra.initialize_config_dir(str(CONF), version_base=VERSION_BASE):
             config = typed(hydra.compose("train", arguments), arguments)

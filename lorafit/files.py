@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` with a file that becomes `path` once it is complete and on the disk."""
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], keep: str | Path | None = None) -> None:
+    """Call `write` with a file that becomes `path` once it is complete and on the disk. keep: where the file goes that
+    was at `path`; at every moment one of the two is there, whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -28,10 +29,30 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             file.flush()
             os.fsync(file.fileno())
         os.chmod(draft, 0o644)  # mkstemp makes files that only their owner reads
+        if keep is not None and path.exists():
+            _keep(path, Path(keep))
         os.replace(draft, path)
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """Give what is at `path` the name `kept` as well, or instead where a file can have one name only."""
+    second = kept.with_name(f".{kept.name}-")
+    try:
+        second.unlink(missing_ok=True)
+        os.link(path, second)
+        os.replace(second, kept)
+    except OSError:
+        os.replace(path, kept)
+
+
+def clear_drafts(folder: str | Path) -> None:
+    """Remove what writers left in a folder that were killed. Only for who is alone at work there."""
+    for path in Path(folder).glob(".*-*"):
+        if path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def replace_folder(draft: Path, folder: Path) -> None:

@@ -34,7 +34,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from lorafit.config import VERSION_BASE, postpone, prepare, quoted
+from lorafit.config import VERSION_BASE, compose, config_sha256, postpone, prepare, quoted
 from lorafit.errors import InputError, LorafitError, Stopped, near_path
 from lorafit.explain import explain
 from lorafit.files import write_json
@@ -43,6 +43,7 @@ from lorafit.schema import CONF
 from lorafit.supervisor import IN_PROCESS, ROLL, Roll, handling, serve, supervise
 from lorafit.terminal import say
 
+_AUTO = "resume=auto"
 _COMMANDS = "sweep.json"  # in a sweep's folder: the commands that began it
 
 
@@ -77,7 +78,13 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
             overrides = _on_folder(overrides, folder_key)
         overrides = prepare(overrides)
         require_one_sweep(overrides)
-        overrides = _replay(overrides, arguments.multirun)
+        if _AUTO in overrides:
+            sought = _seek(overrides, arguments)
+            if sought is None:
+                return
+            overrides = sought
+        else:
+            overrides = _replay(overrides, arguments.multirun)
         plan = None if _only_shows(arguments) else _plan(arguments, overrides)
         first = [f"hydra.job.name={name}", *_name_jobs(overrides, plan.params if plan is not None else ())]
         if arguments.multirun or plan is not None:
@@ -153,7 +160,47 @@ def require_one_sweep(overrides: list[str]) -> None:
 
 def _resumed(overrides: list[str]) -> Path | None:
     given = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
-    return Path(given).expanduser() if given else None
+    return Path(given).expanduser() if given not in ("", "auto") else None
+
+
+def _seek(overrides: list[str], arguments: Any) -> list[str] | None:
+    """`resume=auto`: see to it that what the command asks for is done. The overrides with which the newest run of
+    these settings, or sweep of this command, goes on, or those of a new one; None where it is done already."""
+    from lorafit.resuming import find_run, is_done
+
+    rest = [text for text in overrides if text != _AUTO]
+    if arguments.multirun or any(text.startswith(("sweep=", "hydra.mode=")) for text in rest):
+        return _seek_sweep(rest)
+    values = [text for text in rest if not text.startswith("hydra.")]
+    given = [text.partition("=")[2].strip("'\"") for text in rest if text.startswith("hydra.run.dir=")]
+    if given and "${" in given[-1]:
+        raise InputError(f"resume=auto: hydra.run.dir={given[-1]} is a new folder each time: give a fixed one, or none")
+    sha256 = config_sha256(compose(values, arguments.config_dir))
+    found = find_run(sha256, Path(given[-1]).expanduser() if given else None)
+    if found is None:
+        where = given[-1] if given else "outputs"
+        say(f"resume=auto: in {where} there is no run of these settings: a new one begins")
+        return rest
+    if is_done(found, sha256):
+        say(f"resume=auto: the run of these settings in {found} is done already")
+        return None
+    say(f"resume=auto: it goes on in {found}")
+    folder = quoted(str(found))
+    return [*rest, f"resume={folder}", f"hydra.run.dir={folder}", "hydra.mode=RUN", "hydra.output_subdir=null"]
+
+
+def _seek_sweep(overrides: list[str]) -> list[str]:
+    """The same for a sweep, whose jobs that are done are not run again in any case."""
+    if any(text.startswith("hydra.sweep.dir=") for text in overrides):
+        return overrides
+    given = [text for text in sys.argv[1:] if text != _AUTO]
+    for path in sorted(Path().glob(f"multirun/*/*/{_COMMANDS}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            if json.loads(path.read_text())[-1] == given:
+                say(f"resume=auto: the sweep goes on in {path.parent}")
+                return [*overrides, f"hydra.sweep.dir={quoted(str(path.parent))}"]
+    say("resume=auto: there is no sweep of this command in multirun: a new one begins")
+    return overrides
 
 
 def _replay_sweep(arguments: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorafit.checkpoint import random_state, set_random_state
+from lorafit.checkpoint import Unfit, random_state, require_counts, set_random_state
 from lorafit.checkpointing import CHECKPOINTING, keep_products, recompute_blocks
 from lorafit.data.loader import Batch
 from lorafit.elementwise import EAGER, WORTH_COMPILING, ops_without_compiling, require_compiled
@@ -44,6 +44,7 @@ from lorafit.inject import (
 )
 from lorafit.loading import load_base_model
 from lorafit.loss import supervised_loss
+from lorafit.optimizers import go_to_step, restore_optimizer
 
 FUSED = ("auto", "off")
 COMPILE = ("auto", "on", "off")
@@ -140,7 +141,8 @@ class FinetuneModule(L.LightningModule):
         self.step_loss = self.step_tokens = self.gradient_norm = torch.zeros(())
         self.used_learning_rate = 0.0
         self.stepped = True  # whether the optimizer has stepped since the last micro-batch was added
-        self._resumed_random_state: dict[str, Any] | None = None
+        self.began = False  # whether training has come to its first step, all that a checkpoint holds being restored
+        self._resumed: dict[str, Any] | None = None
 
     @property
     def options(self) -> Any:
@@ -283,10 +285,13 @@ class FinetuneModule(L.LightningModule):
         """A and B of every layer, and what else of the adapter is trained."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def _make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return self.optimizer_class(parameters, **dict(self.options.optimizer_args or {}))
+
     def configure_optimizers(self) -> Any:
         arguments = dict(self.options.optimizer_args or {})
         try:
-            optimizer = self.optimizer_class(self.trainable_parameters(), **arguments)
+            optimizer = self._make_optimizer(self.trainable_parameters())
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer {self.options.optimizer} does not take {arguments}: {error}") from error
         total = int(self.trainer.estimated_stepping_batches)
@@ -316,10 +321,34 @@ class FinetuneModule(L.LightningModule):
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed_random_state = checkpoint.get("random_state")
+        _require_progress(checkpoint["loops"])
+        # restored in on_train_start: by what this run is set to, not by what the checkpoint says of learning rates
+        self._resumed = {"random_state": checkpoint["random_state"], "optimizer": checkpoint["optimizer_states"]}
+        checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
 
     def on_train_start(self) -> None:
-        # only now: what Lightning does between loading and the first step draws random numbers
-        if self._resumed_random_state is not None:
-            set_random_state(self._resumed_random_state)
-            self._resumed_random_state = None
+        if self._resumed is not None:
+            optimizer = self.trainer.optimizers[0]
+            restore_optimizer(optimizer, self._resumed["optimizer"], self._make_optimizer)
+
+            for config in self.trainer.lr_scheduler_configs:
+                go_to_step(config.scheduler, self.trainer.global_step)
+            # last: what Lightning does between loading and the first step draws random numbers
+            set_random_state(self._resumed["random_state"])
+            self._resumed = None
+        self.began = True
+
+
+def _require_progress(loops: Mapping[str, Any]) -> None:
+    """Raise Unfit unless what a checkpoint says of Lightning's loops, and of the place in the data, is counts."""
+    fit = loops.get("fit_loop")
+    if not isinstance(fit, Mapping):
+        raise Unfit("loops has no fit_loop")
+    require_counts({key: value for key, value in fit.items() if key != "state_dict"}, "loops.fit_loop")
+    own = fit.get("state_dict")
+    loaders = own.get("combined_loader", []) if isinstance(own, Mapping) else None
+    for loader in loaders if isinstance(loaders, list) else [None]:
+        if not isinstance(loader, Mapping):
+            raise Unfit("loops has no place in the data")
+        place = {key: value for key, value in loader.items() if key != "report"}  # which is that of a stream
+        require_counts(place, "loops.fit_loop.combined_loader")

@@ -256,6 +256,42 @@ NO_PART_OF_A_RUN = (
 )
 
 
+# what a resumed run may have otherwise and still be trained as it would have been: sections, and keys
+_NOT_OF_THE_TRAINING = (
+    *NO_PART_OF_A_RUN,
+    *("task", "ladder", "save"),
+    *("model.cache", "model.trust_remote_code", "data.num_workers", "data.cache", "data.max_lost", "data.allow"),
+    *("data.eval_path", "data.eval_split", "data.eval_batch_size"),
+    *("trainer.val_check_interval", "trainer.log_every_n_steps", "trainer.checkpoint_every_n_steps"),
+    *("trainer.accelerator", "trainer.max_skipped_steps", "trainer.on_oom"),
+    # where base and data lie, and how the rows say what they say: judged by what is found there
+    *("model.name", "model.revision", "data.path", "data.subset", "data.split", "data.format", "data.columns"),
+    "data.on_bad_row",
+)
+# by which way the same is computed: rounding differs
+_OF_THE_ROUNDING = ("model.fused", "model.compile", "model.checkpointing", "model.attention")
+
+
+def training_settings(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that decide what is trained, by dotted key, and those that decide how it is rounded on the way."""
+    values = flat(to_dict(config) | {"quant": {"type": "none"} if config.quant is None else to_dict(config)["quant"]})
+    kept = {
+        key: value
+        for key, value in values.items()
+        if key not in _NOT_OF_THE_TRAINING and key.partition(".")[0] not in _NOT_OF_THE_TRAINING
+    }
+    rounding = {key: kept.pop(key) for key in _OF_THE_ROUNDING}
+    return kept, rounding
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys: {"quant.type": "nf4"}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
 def config_sha256(config: Config) -> str:
     """`settings_sha256` of a configuration."""
     return settings_sha256(to_dict(config))
@@ -381,6 +417,7 @@ def check(config: Config) -> None:
 
 def _check_values(config: Config) -> Iterable[str]:
     values = to_dict(config)
+    yield from _check_changes(config.allow_changed, flat(values))
     for key, choices in _CHOICES.items():
         value = _pick(values, key)
         if value is not None and value not in choices:
@@ -482,6 +519,16 @@ def _check_values(config: Config) -> Iterable[str]:
             yield "logger.mode and logger.project must be set for wandb: choose logger=wandb"
         if logger.type == "csv" and dataclasses.replace(logger, tags=[]) != Logger(type="csv"):
             yield "logger.type csv takes no other keys: choose logger=wandb with them"
+
+
+def _check_changes(allowed: list[str], keys: Mapping[str, Any]) -> Iterable[str]:
+    """What a resumed run may have otherwise."""
+    known = ("all", "base", "data", "template", *{key.partition(".")[0] for key in keys if "." in key}, *keys)
+    for name in allowed:
+        # which keys these two have differs from run to run
+        if name not in known and name.partition(".")[0] not in ("optimizer", "quant"):
+            hint = near_names(name, known)
+            yield f"allow_changed: there is no {name!r}: give base, data, template, all or a key{hint}"
 
 
 def _check_bench(bench: Bench) -> Iterable[str]:
@@ -623,14 +670,15 @@ def _check_files(config: Config) -> Iterable[str]:
         if not found and os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
             yield f"model.name: {name!r} holds no config.json, so it is no model folder"
     if config.resume is not None:
-        if not os.path.isdir(config.resume):
-            beside = Path(config.resume).parent
+        run = Path(config.resume)
+        if not run.is_dir():
+            beside = run.parent
             hint = near_names(config.resume, map(str, beside.iterdir())) if beside.is_dir() else ""
             yield f"resume: no folder {config.resume!r}{hint}"
-        elif (Path(config.resume) / "multirun.yaml").is_file():
+        elif (run / "multirun.yaml").is_file():
             yield f"resume: {config.resume!r} is a sweep: give its command again, with hydra.sweep.dir={config.resume}"
-        elif not (Path(config.resume) / "checkpoints" / "last.ckpt").is_file():
-            yield f"resume: {config.resume!r} holds no checkpoints/last.ckpt to go on from"
+        elif not any((run / "checkpoints").glob("*.ckpt")) and not (run / ".hydra" / "overrides.yaml").is_file():
+            yield f"resume: {config.resume!r} is no run: it holds neither checkpoints nor the settings of one"
 
 
 def _check_source(key: str, value: str, suffixes: tuple[str, ...]) -> Iterable[str]:

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ import yaml
 from lorafit.build import build_data, device_name, load_base
 from lorafit.config import Config, config_sha256, to_dict
 from lorafit.errors import BusyError, DivergedError, InputError, MemoryExhausted
-from lorafit.schema import NO_PART_OF_A_RUN, settings_sha256
+from lorafit.schema import NO_PART_OF_A_RUN, flat, settings_sha256
 
 if TYPE_CHECKING:
     from lorafit.datamodule import FinetuneDataModule
@@ -80,7 +80,7 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     of other settings.
     """
     metrics, known = read_metrics(folder), recorded_sha256(folder)
-    if known is None or (metrics.get("status") == "failed" and not _checkpoint(folder).is_file()):
+    if known is None or (metrics.get("status") == "failed" and not _has_checkpoint(folder)):
         return None
     if known != config_sha256(config):
         raise InputError(
@@ -124,22 +124,14 @@ def _differing(config: Config, folder: Path) -> str:
     return f" ({told})" if told else ""
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys: {"quant.type": "nf4"}."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
-
-
-def _checkpoint(folder: Path) -> Path:
-    return folder / "checkpoints" / "last.ckpt"
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("*.ckpt"))
 
 
 def resumed(config: Config, folder: Path) -> Config:
     """The configuration with which the job in `folder` goes on, or begins: where nobody knows by which settings its
     checkpoint came about, it begins anew."""
-    if not _checkpoint(folder).is_file() or recorded_sha256(folder) != config_sha256(config):
+    if not _has_checkpoint(folder) or recorded_sha256(folder) != config_sha256(config):
         return config
     config = copy.copy(config)
     config.resume = str(folder)
@@ -167,6 +159,20 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether a process is at work in a run folder."""
+    import fcntl
+
+    try:
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # no lock was ever made there, or the file system has none
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------- what is shared

@@ -42,12 +42,14 @@ from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhaus
 from lorafit.jobs import config_folder, record_settings
 from lorafit.launch import start
 from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
+from lorafit.resuming import clear_up, find_checkpoint, identity, require_same
 from lorafit.sweep import Beyond, Job, Shared, alone, read_metrics, recorded_result, resumed, sweep_of
 from lorafit.terminal import say
 
 if TYPE_CHECKING:
     import lightning as L
 
+    from lorafit.checkpoint import Found
     from lorafit.module import FinetuneModule
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def run(config: Config, folder: Path) -> float:
     after wrong input nothing half written is left."""
     sweep, main = sweep_of(folder) if config.resume else None, is_main_process()
     job = Job(sweep, rungs=read_metrics(folder).get("rungs", {})) if sweep is not None else None
-    with alone(folder) if main and config.resume else contextlib.nullcontext():
+    with alone(folder) if main else contextlib.nullcontext():
         try:
             return _recorded(config, folder, Shared(), job)
         except InputError:
@@ -146,7 +148,6 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         history_rows,
     )
     from lorafit.callbacks.wandb import log_adapter, log_summary
-    from lorafit.checkpoint import load_checkpoint
     from lorafit.data.checks import label_table
     from lorafit.evaluation import evaluate_loss
     from lorafit.inject import count_parameters, coverage, lora_layers
@@ -177,6 +178,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
 
         require_no_adapter(config)
         require_accelerator(config.trainer.accelerator)
+        found = find_checkpoint(config) if config.resume else None
+        if found is None:
+            config = dataclasses.replace(config, resume=None)
 
         # ---- what goes in: data first, since what is wrong with it is known soonest
         data = shared.data(config)
@@ -213,8 +217,10 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             config.trainer.max_steps,
             config.trainer.max_epochs,
         )
-        resume = Path(config.resume) / "checkpoints" / "last.ckpt" if config.resume else None
-        resumed_at = load_checkpoint(resume)["global_step"] if resume else 0
+        checkpoints.identity = identity(config, data, model)
+        if found is not None:
+            require_same(config, found, checkpoints.identity)
+        resumed_at = found.step if found is not None else 0
         require_steps(config, steps, folder, resumed_at)
         stop = job.steps(steps) if job else None
         if stop and resumed_at > stop:
@@ -253,7 +259,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         )
 
         if is_main_process():  # from here on a run that is killed has left word of itself
-            if config.resume:
+            clear_up(folder, found)
+            if found is not None:
                 record_settings(folder, config)
             _write_metrics(folder, metrics | {"status": Stopped.status})
 
@@ -291,7 +298,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         return_free_memory()  # what measuring has left is no part of training
         reset_peak(device)
         try:
-            trainer.fit(module, data, ckpt_path=str(resume) if resume else None)
+            with restoring(found, module):
+                trainer.fit(module, data, ckpt_path=str(found.path) if found is not None else None)
             checkpoints.make_up(trainer, module)
         except Paused:
             assert job is not None and stop is not None
@@ -372,7 +380,10 @@ def require_steps(config: Config, steps: int, folder: Path, resumed_at: int) -> 
         raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
     done = read_metrics(folder).get("status") == "completed" and (folder / "adapter").is_dir()
     if resumed_at >= steps and done:
-        raise InputError(f"resume: {config.resume!r} is complete: raise trainer.max_steps above {steps} to go on")
+        raise InputError(
+            f"resume: {config.resume!r} is complete: to go on, raise "
+            f"trainer.max_steps above {steps}, with 'allow_changed=[trainer.max_steps]'"
+        )
 
 
 def job_command(folder: Path, resume: str | None) -> list[str]:
@@ -390,6 +401,22 @@ def tokens_of(data: Any, batches: int) -> int:
     examples, tokens = len(data.train_sequences), data.statistics()["train_tokens"]
     each = tokens / examples if examples and not data.packing and not data.streaming else data.encoder.max_length
     return round(batches * data.batch_size * each)
+
+
+@contextlib.contextmanager
+def restoring(found: Found | None, module: FinetuneModule) -> Iterator[None]:
+    """Raise InputError in place of what goes wrong while the contents of a checkpoint are taken over: it is whole, but
+    another version or a stranger has written it. What goes wrong later is no fault of it."""
+    from lorafit.checkpoint import Unfit
+
+    try:
+        yield
+    except Exception as error:
+        unfit = isinstance(error, Unfit) or not (isinstance(error, LorafitError) or as_memory_error(error, {}))
+        if found is None or module.began or not unfit:
+            raise
+        said = reason(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {reason(error)}"
+        raise InputError(f"{found.path} cannot be gone on from ({said}): remove it to begin anew") from error
 
 
 def require_finite(module: FinetuneModule) -> None:

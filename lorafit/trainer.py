@@ -28,10 +28,22 @@ from lorafit.checkpoint import load_checkpoint, save_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all, and are read back as plain data only."""
+    """Checkpoints that are there whole or not at all, and are read back as plain data only.
+
+    `error` is what the disk said to the last one, None where it took it: raised, it would leave the other processes
+    of a group waiting. storage_options: {"keep": where the checkpoint goes that was there}.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: OSError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        save_checkpoint(path, checkpoint)
+        self.error = None
+        try:
+            save_checkpoint(path, checkpoint, **(storage_options or {}))
+        except OSError as error:
+            self.error = error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         return load_checkpoint(path, map_location)

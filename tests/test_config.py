@@ -364,7 +364,7 @@ def test_a_wrong_command_gets_one_line_with_the_nearest_right_one(overrides: str
         ("model.name=./nope", "model.name: no file or folder './nope'"),
         ("task.retention_path=nope.txt", "task.retention_path: no file 'nope.txt'"),
         ("resume=nope", "resume: no folder 'nope'"),
-        ("resume=.", "resume: '.' holds no checkpoints/last.ckpt to go on from"),
+        ("resume=.", "resume: '.' is no run"),
         ("optimizer.lr=0", "optimizer.lr must be a positive number, got 0"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay must be zero or a positive number, got -1"),
         ("optimizer.betas=[0.9,1]", "optimizer.betas must be numbers in [0, 1), got [0.9, 1]"),

@@ -21,14 +21,14 @@ FLOORS = {
     1: ("lora", "loss", "fused", "checkpointing"),
     2: ("inject", "fastpath"),
     3: (
-        *("adapter", "checkpoint", "memory", "machine", "retention", "evaluation", "isolation"),
+        *("adapter", "checkpoint", "optimizers", "memory", "machine", "retention", "evaluation", "isolation"),
         *("merging", "serving", "combining", "spectrum"),
     ),
     4: ("module", "datamodule", "trainer"),
     5: ("callbacks",),
     6: (
         *("train", "build", "measuring", "config", "launch", "explain", "schema", "tables", "audit_page", "__main__"),
-        *("jobs", "sweep", "supervisor", "reporting"),
+        *("jobs", "sweep", "supervisor", "resuming", "reporting"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench", "bench_table", "peers"),
     ),
 }

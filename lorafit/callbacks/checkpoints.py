@@ -1,61 +1,140 @@
 """checkpoints/last.ckpt and checkpoints/best.ckpt: adapter, optimizer, schedule, random state and data position.
 
 Only written where an optimizer step has just been taken: in the middle of an accumulation there are gradients that no
-checkpoint holds, and a resumed run would lose them.
+checkpoint holds, and a resumed run would lose them. Nor after a step that was skipped, since its loss or gradient was
+not finite: the weights that gave it are no good place to go on from.
+
+previous.ckpt is the one before the last. A checkpoint that the disk does not take costs the run nothing but that
+checkpoint: it is told, and the next one is tried.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
 
+from lorafit.checkpoint import BEST, LAST, PREVIOUS, Unfit, load_checkpoint, require_like
 from lorafit.datamodule import FinetuneDataModule
+from lorafit.errors import InputError, reason
 from lorafit.evaluation import evaluate_loss
 from lorafit.files import write_atomically
 from lorafit.module import FinetuneModule
-from lorafit.trainer import log_to_all
+from lorafit.trainer import AtomicCheckpointIO, log_to_all
+
+log = logging.getLogger(__name__)
+
+
+class Skips(Protocol):
+    """What counts the steps that are skipped (SkipNonFinite)."""
+
+    skipped_in_a_row: int
 
 
 class Checkpoints(L.Callback):
     """Writes `last.ckpt` after each validation, every `every_n_steps` optimizer steps and at the end; `best.ckpt` is
     the one with the lowest held-out loss.
 
+    identity: what each checkpoint says of the run that it belongs to, plain values; it may be set later. finite: the
+    callback that skips steps. `failed` says why the last one could not be written; None when it was.
+
     A run may be stopped between a step's checkpoint and the validation after that step, which Lightning does not make
     up for when it is resumed; here it is."""
 
-    def __init__(self, folder: str | Path, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        every_n_steps: int | None = None,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        finite: Skips | None = None,
+    ) -> None:
         self.folder, self.every_n_steps = Path(folder), every_n_steps
+        self.identity, self.finite = dict(identity or {}), finite
         self.best_loss = math.inf
-        self._last_step = self._validated_step = -1
+        self.failed: str | None = None
+        self._last_step = self._tried_step = self._validated_step = -1
 
     @property
     def last(self) -> Path:
-        return self.folder / "last.ckpt"
+        return self.folder / LAST
+
+    @property
+    def previous(self) -> Path:
+        return self.folder / PREVIOUS
 
     @property
     def best(self) -> Path:
-        return self.folder / "best.ckpt"
+        return self.folder / BEST
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write last.ckpt now, unless this step's is there already."""
-        if trainer.global_step != self._last_step:
-            trainer.save_checkpoint(self.last)
-            self._last_step = trainer.global_step
+        """Write last.ckpt now, unless this step's is there already, or this step was skipped."""
+        # what only one process knows, that the disk did not take it, must not make it alone try again
+        again = self.failed is not None and trainer.world_size == 1
+        if trainer.global_step != self._tried_step or again:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> bool:
+        """Write last.ckpt; whether it was written."""
+        if self.finite is not None and self.finite.skipped_in_a_row:
+            return False
+        writer = trainer.strategy.checkpoint_io
+        assert isinstance(writer, AtomicCheckpointIO)
+        self._tried_step = trainer.global_step
+        again = trainer.global_step == self._last_step  # then the one before the last stays what it is
+        trainer.save_checkpoint(self.last, storage_options=None if again else {"keep": self.previous})
+        return self._told(writer.error, trainer.global_step)
+
+    def _told(self, error: OSError | None, step: int) -> bool:
+        """Say what has become of a checkpoint, where that is news. Whether it was written."""
+        if error is None:
+            if self.failed is not None:
+                log.warning(f"the checkpoint of step {step} is written again")
+            self.failed, self._last_step = None, step
+            return True
+        said = f"{self.folder} ({error.strerror or reason(error)})"
+        if self.failed is None:
+            kept = "; the one before it stays" if self.last.exists() else ", and there is none before it"
+            log.warning(
+                f"the checkpoint of step {step} cannot be written to {said}{kept}. The training goes on; what happens "
+                "after the last checkpoint is lost if it is stopped"
+            )
+        self.failed = f"step {step}: {said}"
+        return False
 
     def keep_best(self, loss: float) -> None:
         """Keep the checkpoint written last as the best one if its held-out loss is the lowest."""
-        if loss < self.best_loss:
+        if loss < self.best_loss and self.failed is None and self.last.exists():
             self.best_loss = loss
             self._copy_to_best(self.last)
 
+    def keep_good(self, bad_from: int) -> Path | None:
+        """After divergence: see to it that last.ckpt is a good one, and return its path; None where none is left.
+
+        bad_from: the first step that was not finite. Weights from which the very next step was so are not gone on
+        with: their checkpoint becomes diverged.ckpt.
+        """
+        with contextlib.suppress(OSError, InputError):
+            if load_checkpoint(self.last)["global_step"] >= bad_from - 1:
+                os.replace(self.last, self.folder / "diverged.ckpt")
+                if load_checkpoint(self.previous)["global_step"] < bad_from - 1:
+                    os.replace(self.previous, self.last)
+        return self.last if self.last.exists() else None
+
     def _copy_to_best(self, checkpoint: Path) -> None:
-        with checkpoint.open("rb") as source:
-            write_atomically(self.best, lambda target: shutil.copyfileobj(source, target))
+        try:
+            with checkpoint.open("rb") as source:
+                write_atomically(self.best, lambda target: shutil.copyfileobj(source, target))
+        except OSError as error:
+            log.warning(f"{self.best} cannot be written ({error.strerror}): the best checkpoint is not kept")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # a run that goes on in another folder takes the best checkpoint so far with it
@@ -105,17 +184,28 @@ class Checkpoints(L.Callback):
             # written anew even where this step's is there, and with the loss in it: what resumes has to know it
             best = loss < self.best_loss
             self.best_loss = loss if best else self.best_loss
-            self._last_step = -1
-            self.save(trainer)
-            if best:
+            if self._save(trainer) and best:
                 self._copy_to_best(self.last)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
 
+    # ---------------------------------------------------------------------------------------------- the state
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self.identity
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look at what the callbacks are about to take over: a checkpoint may be a stranger's, or another version's."""
+        states = checkpoint.get("callbacks")
+        if not isinstance(states, dict):
+            raise Unfit(f"callbacks is {type(states).__name__}, where dict belongs")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callback.state_key in states:
+                require_like(states[callback.state_key], callback.state_dict(), callback.state_key)
+
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "validated_step": self._validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_loss = state_dict["best_loss"]
-        self._validated_step = state_dict.get("validated_step", -1)
+        self.best_loss, self._validated_step = state_dict["best_loss"], state_dict["validated_step"]

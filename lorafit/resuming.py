@@ -1,0 +1,208 @@
+"""A run that was stopped: which one it is, where it goes on, and whether it still is the same run.
+
+Every checkpoint says of what it is a part: the settings that decide what is trained, the base by its fingerprint, the
+training tokens and the template by a hash. A run whose settings, base or data have become others would go on without a
+word, at a place in data that is no longer the same data; so it is refused, and what differs is named. `allow_changed`
+lets it go on all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.config import Config
+from lorafit.errors import InputError
+from lorafit.files import clear_drafts
+from lorafit.schema import training_settings
+from lorafit.sweep import is_busy, read_metrics, recorded_sha256
+
+if TYPE_CHECKING:
+    from lorafit.checkpoint import Found
+    from lorafit.datamodule import FinetuneDataModule
+
+log = logging.getLogger(__name__)
+
+RUNS = "outputs/*/*"  # where runs lie that were given no folder (conf/train.yaml)
+
+
+# ------------------------------------------------------------------------------------------------ is it the same run?
+
+
+def identity(config: Config, data: FinetuneDataModule, model: Any) -> dict[str, Any]:
+    """What a checkpoint says of the run that it belongs to, in plain values."""
+    from lorafit.adapter import base_fingerprint
+
+    settings, rounding = training_settings(config)
+    fingerprint = base_fingerprint(model)
+    return {
+        "settings": settings,
+        "rounding": rounding,
+        # a model that somebody else has quantized has none
+        "base": {"fingerprint": fingerprint or config.model.name, "config": _config_hash(model)},
+        "data": data.data_hash(),
+        "template": data.template_hash(),
+        "machine": {"device": next(model.parameters()).device.type, "cpu": platform.machine()}
+        | {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
+    }
+
+
+def _config_hash(model: Any) -> str:
+    """Of what a base does beside its weights: its configuration, without what says only where it comes from."""
+    values = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "quantization_config", "use_cache", "dtype", "torch_dtype"):
+        values.pop(key, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between two identities in a way that changes what is trained: by its name, in words."""
+    found: dict[str, str] = {}
+    before, after = then["settings"], now["settings"]
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and (key in before.keys() & after.keys() or _weighs(key, before, after)):
+            found[key] = f"{key} is {before.get(key)} there, {after.get(key)} here"
+    same_library = then["machine"].get("transformers") == now["machine"].get("transformers")
+    if then["base"]["fingerprint"] != now["base"]["fingerprint"]:
+        found["base"] = "the base model has other weights"
+    elif same_library and then["base"]["config"] != now["base"]["config"]:
+        found["base"] = "the base model has another configuration"
+    if then["template"] != now["template"]:
+        found["template"] = "the template is another one"
+    # which any other change of how rows become tokens brings with it
+    elif then["data"] != now["data"] and not any(key.startswith("data.") for key in found):
+        found["data"] = "the training data are others"
+    return found
+
+
+def _weighs(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a key that only one side has says more than that quant or the optimizer is another one."""
+    kind = {"quant": "quant.type", "optimizer": "optimizer._target_"}.get(key.partition(".")[0], "")
+    return before.get(kind) == after.get(kind)
+
+
+def require_same(config: Config, found: Found, now: Mapping[str, Any]) -> None:
+    """Raise InputError naming what has changed since the checkpoint was written, unless `allow_changed` names it."""
+    then = found.state.get("run")
+    allowed = config.allow_changed
+    if not _is_identity(then):
+        if "all" in allowed:
+            log.warning(f"resume: {found.path} does not say what it was trained with, and is gone on with all the same")
+            return
+        raise InputError(
+            f"resume: {found.path} does not say what it was trained with. To go on all the same: 'allow_changed=[all]'"
+        )
+    assert isinstance(then, Mapping)
+    changed = changes(then, now)
+    refused = [name for name in changed if not _allows(allowed, name)]
+    if refused:
+        raise InputError(
+            f"resume: {config.resume!r} was trained otherwise: {'; '.join(changed[name] for name in refused)}. Put it "
+            f"back, or to go on all the same: 'allow_changed=[{','.join(changed)}]'"
+        )
+    for name, said in changed.items():
+        log.warning(f"resume: {said} ({name} is in allow_changed: it goes on from there, as another run than it was)")
+    parts = [(then["rounding"], now["rounding"]), (then["machine"], now["machine"])]
+    others = [
+        f"{key} was {before.get(key)} and is {after[key]}"
+        for before, after in parts
+        for key in after
+        if before.get(key) != after[key]
+    ]
+    if others:
+        log.warning(f"resume: {'; '.join(others)}: the same is computed, but not to the last bit")
+
+
+def _is_identity(then: object) -> bool:
+    """Whether an identity that comes out of a file has the parts of one."""
+    if not isinstance(then, Mapping):
+        return False
+    parts = [then.get(key) for key in ("settings", "rounding", "base", "machine")]
+    good = all(isinstance(part, Mapping) and all(isinstance(key, str) for key in part) for part in parts)
+    return good and {"fingerprint", "config"} <= set(then["base"]) and {"data", "template"} <= set(then)
+
+
+def _allows(allowed: Iterable[str], name: str) -> bool:
+    return bool({"all", name, name.partition(".")[0]} & set(allowed))
+
+
+# ------------------------------------------------------------------------------------------------ where does it go on?
+
+
+def find_checkpoint(config: Config) -> Found | None:
+    """From where a run goes on: its newest checkpoint that can be read. None where there is none yet, since it was
+    stopped before its first; it begins anew then. Damaged ones are told."""
+    from lorafit.checkpoint import newest_checkpoint
+
+    assert config.resume is not None
+    found = newest_checkpoint(Path(config.resume) / "checkpoints")
+    if found is None:
+        log.warning(f"resume: {config.resume!r} was stopped before its first checkpoint: it begins anew")
+        return None
+    for said in found.damaged.values():
+        log.warning(f"resume: {said.partition(': remove')[0]}")
+    if found.damaged:
+        log.warning(f"resume: it goes on from the checkpoint before, {found.path}, of step {found.step}")
+    return found
+
+
+def clear_up(folder: Path, found: Found | None) -> None:
+    """Before a run writes checkpoints in its folder: put damaged ones aside, lest one be kept as the one before the
+    last; take away what a killed writer has left; and where the run begins anew, put the checkpoints of the one that
+    was here before into checkpoints.old."""
+    home = folder / "checkpoints"
+    try:
+        clear_drafts(home)
+        if found is None:
+            if any(home.glob("*.ckpt")):
+                import shutil
+
+                aside = folder / "checkpoints.old"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(home, aside)
+                log.warning(f"{folder} held the checkpoints of an earlier run: they are in {aside} now")
+            return
+        for path in found.damaged:
+            if path.parent.resolve() == home.resolve():
+                os.replace(path, path.with_suffix(".damaged"))
+    except OSError as error:
+        log.warning(f"{home} cannot be cleared up ({error.strerror})")
+
+
+# ------------------------------------------------------------------------------------------------ which run is it?
+
+
+def find_run(sha256: str, folder: Path | None) -> Path | None:
+    """For resume=auto: the folder of the run of these settings, done or not; None where there is none.
+
+    folder: the run folder that the command gives. Without one the newest of those below outputs/ that is not being
+    worked at.
+    """
+    if folder is not None:
+        return folder if is_run(folder) else None
+    found = [
+        run
+        for run in Path().glob(RUNS)
+        if recorded_sha256(run) == sha256
+        and (read_metrics(run).get("status") == "completed" or any((run / "checkpoints").glob("*.ckpt")))
+        and not is_busy(run)
+    ]
+    return max(found, key=lambda run: run.stat().st_mtime, default=None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun in a folder."""
+    return (folder / ".hydra" / "overrides.yaml").is_file()
+
+
+def is_done(folder: Path, sha256: str) -> bool:
+    """Whether the run of these settings in a folder has come to its end."""
+    done = read_metrics(folder).get("status") == "completed" and (folder / "adapter" / "adapter_config.json").is_file()
+    return done and recorded_sha256(folder) == sha256

@@ -1,0 +1,379 @@
+"""A run that was stopped goes on as itself, or says what has become otherwise.
+
+pytest tests/test_resuming.py
+
+One run over a small file of questions, in this process, is stopped by a signal in the middle of an accumulation, and
+copied for each test. An epoch is nine batches, so that its last step takes one batch where the others take two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from programs import run_program
+
+from lorafit import train
+from lorafit.checkpoint import load_checkpoint
+from lorafit.config import compose, to_dict
+from lorafit.embedded import TRAIN
+from lorafit.module import FinetuneModule
+from lorafit.resuming import changes
+from lorafit.schema import flat, training_settings
+from lorafit.sweep import alone
+
+SMALL = (
+    *("task.generate_examples=1", "task.samples=0", "task.eval_examples=8", "task.retention_path=general.txt"),
+    *("callbacks.progress=false", "logger=none", "trainer.accelerator=cpu", "rank=2"),
+)
+DATA = ("data.path=rows.jsonl", "data.eval_path=held.jsonl", "data.batch_size=3")
+STEPS = ("trainer.max_steps=10", "trainer.accumulate_grad_batches=2", "trainer.checkpoint_every_n_steps=1")
+COMMAND = (*SMALL, *DATA, *STEPS, "dropout=0.1")
+BATCH, STOPPED_AT = 10, 6  # the first of two batches of the sixth step, in the second epoch
+
+
+def program(*arguments: str) -> tuple[int, str, str]:
+    return run_program(train, *arguments)
+
+
+def stopped(at: int, *arguments: str, signum: int = signal.SIGTERM) -> tuple[int, str, str]:
+    """The program, which gets a signal in its training step number `at`."""
+    real, seen = FinetuneModule.training_step, iter(range(1, 10_000))
+
+    def step(self: FinetuneModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if next(seen) == at:
+            os.kill(os.getpid(), signum)
+        return real(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FinetuneModule, "training_step", step)
+        return program(*arguments)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the data, the undisturbed run `whole`, and `run`, which was stopped."""
+    folder = tmp_path_factory.mktemp("home")
+    rows = [json.loads(line) for line in Path(TRAIN).read_text().splitlines()[:40]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:26]))
+    (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[26:]))
+    (folder / "general.txt").write_text("Bees tell each other where flowers are by dancing on the comb.")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, _, err = program(*COMMAND, "hydra.run.dir=whole")
+        assert code == 0, err
+        code, _, err = stopped(BATCH, *COMMAND, "hydra.run.dir=run")
+        assert code == 143, err
+    assert load_checkpoint(folder / "run" / "checkpoints" / "last.ckpt")["global_step"] == STOPPED_AT
+    yield folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has copies of its own."""
+    shutil.copytree(home, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+
+
+def adapter(folder: str | Path) -> bytes:
+    [path] = (Path(folder) / "adapter").glob("*.safetensors")
+    return path.read_bytes()
+
+
+def status(folder: str | Path) -> str:
+    return json.loads((Path(folder) / "metrics.json").read_text())["status"]
+
+
+def curve(folder: str | Path, key: str = "train/loss") -> dict[int, float]:
+    rows = [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+# --- it goes on as itself ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_in_the_middle_of_an_accumulation_ends_as_the_undisturbed_one() -> None:
+    assert not Path("run/adapter").exists() and status("run") == "interrupted"
+    code, _, err = program("resume=run")
+    assert code == 0 and err == ""
+    assert adapter("run") == adapter("whole") and status("run") == "completed"
+    assert curve("run") == curve("whole")
+
+
+@pytest.mark.parametrize("at", [1, 2, 9, 17, 18])
+def test_it_may_be_stopped_at_any_step_and_by_either_signal(at: int) -> None:
+    signum = signal.SIGINT if at % 2 else signal.SIGTERM
+    code, _, err = stopped(at, *COMMAND, "hydra.run.dir=other", signum=signum)
+    assert code == 128 + signum, err
+    code, _, err = program("resume=other")
+    assert code == 0, err
+    assert adapter("other") == adapter("whole")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("optimizer=adamw_8bit", "quant=nf4", "rank=32"),
+        ("optimizer=paged_adamw_8bit", "data.num_workers=2"),
+        ("optimizer=paged_adamw_32bit", "data.packing=true", "data.max_length=96"),
+        ("optimizer=lion_8bit", "data.padding_free=true", "data.group_by_length=true"),
+        ("data.streaming=true", "data.window=10", "data.num_workers=2"),
+        ("optimizer._target_=torch.optim.Adagrad", "~optimizer.betas", "lora/adapter_dtype=int8"),
+        ("model.checkpointing=selective", "quant=int8"),
+    ],
+    ids=" ".join,
+)
+def test_so_does_every_kind_of_run(settings: tuple[str, ...]) -> None:
+    command = (*COMMAND, *settings)
+    code, _, err = program(*command, "hydra.run.dir=calm")
+    assert code == 0, err
+    assert stopped(11, *command, "hydra.run.dir=other")[0] == 143
+    code, _, err = program("resume=other")
+    assert code == 0, err
+    assert adapter("other") == adapter("calm")
+
+
+def test_what_changes_nothing_that_is_trained_may_change() -> None:
+    """Workers, loggers, where the data lie, how often it is looked at."""
+    Path("moved").mkdir()
+    shutil.move("rows.jsonl", "moved/questions.jsonl")
+    code, _, err = program(
+        *("resume=run", "data.path=moved/questions.jsonl", "data.num_workers=1", "logger=csv", "callbacks=none"),
+        *("trainer.val_check_interval=3", "trainer.checkpoint_every_n_steps=null", "task.eval_examples=4"),
+    )
+    assert code == 0, err
+    assert adapter("run") == adapter("whole")
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew() -> None:
+    shutil.rmtree("run/checkpoints")
+    code, _, err = program("resume=run")
+    assert code == 0 and "was stopped before its first checkpoint: it begins anew" in err
+    assert adapter("run") == adapter("whole")
+
+
+def test_a_new_run_in_an_old_folder_puts_the_old_checkpoints_aside() -> None:
+    code, _, err = stopped(1, *COMMAND, "seed=1", "hydra.run.dir=run")
+    assert code == 143 and "run/checkpoints.old now" in err
+    assert load_checkpoint("run/checkpoints.old/last.ckpt")["global_step"] == STOPPED_AT
+    assert not Path("run/checkpoints/previous.ckpt").exists()  # or it could be taken for this run's
+
+
+def test_a_run_that_is_at_work_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafit.sweep.LOCK_SECONDS", 0.1)
+    before = Path("run/metrics.json").read_bytes()
+    with alone(Path("run")):
+        for arguments in (("resume=run",), (*COMMAND, "hydra.run.dir=run")):
+            code, _, err = program(*arguments)
+            assert code == 2 and "another process is at work in" in err
+    assert Path("run/metrics.json").read_bytes() == before
+
+
+# --- what has become otherwise is named -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lr=1e-3", "optimizer.lr is 0.005 there, 0.001 here"),
+        ("optimizer=adamw_8bit", "optimizer._target_ is torch.optim.AdamW there, bitsandbytes.optim.AdamW8bit here"),
+        ("scheduler=linear", "scheduler.name is cosine there, linear here"),
+        ("seed=7", "seed is 42 there, 7 here"),
+        ("dropout=0.2", "dropout is 0.1 there, 0.2 here"),
+        ("rank=4 alpha=4", "rank is 2 there, 4 here"),
+        ("quant=nf4", "quant.type is none there, nf4 here. Put it back"),
+        ("model.dtype=float32", "model.dtype is auto there, float32 here"),
+        ("data.batch_size=4", "data.batch_size is 3 there, 4 here"),
+        ("data.template=alpaca", "data.template is auto there, alpaca here; the template is another one"),
+        ("trainer.accumulate_grad_batches=1", "trainer.accumulate_grad_batches is 2 there, 1 here"),
+        ("trainer.gradient_clip_val=null", "trainer.gradient_clip_val is 1.0 there, None here"),
+        ("trainer.max_steps=12", "trainer.max_steps is 10 there, 12 here"),
+    ],
+)
+def test_a_setting_that_changes_what_is_trained_is_refused_and_named(override: str, said: str) -> None:
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.suffix != ".log"}
+    code, _, err = program("resume=run", *override.split())
+    assert code == 2 and "Traceback" not in err
+    assert f"'run' was trained otherwise: {said}" in err, err
+    assert "'allow_changed=[" in err
+    # and nothing of the run was touched: it can still go on as it was
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_settings_that_are_named_may_change_and_hold_from_there_on() -> None:
+    code, _, err = program("resume=run", "optimizer.lr=1e-3", "allow_changed=[optimizer.lr]")
+    assert code == 0 and "another run than it was" in err
+    rates, whole = (curve(folder, "train/learning_rate") for folder in ("run", "whole"))
+    assert rates[1] == whole[1]
+    # the checkpoint's own rate is not what counts: 1e-3 along the same schedule
+    assert rates[10] == pytest.approx(whole[10] / 5, rel=1e-6) and rates[10] > 0
+    assert adapter("run") != adapter("whole")
+    code, _, err = program("resume=run", "trainer.max_steps=12", "optimizer.lr=1e-3", "allow_changed=[trainer]")
+    assert code == 0, err
+    assert json.loads(Path("run/metrics.json").read_text())["speed"]["steps"] == 12
+
+
+def test_other_data_are_refused_and_named_and_can_be_allowed() -> None:
+    rows = Path("rows.jsonl").read_text()
+    Path("rows.jsonl").write_text(rows.replace(json.loads(rows.splitlines()[3])["completion"], "something else"))
+    code, _, err = program("resume=run")
+    assert code == 2 and "was trained otherwise: the training data are others." in err and "[data]" in err
+    code, _, err = program("resume=run", "allow_changed=[data]")
+    assert code == 0, err
+
+
+def test_another_template_is_named_and_not_the_data_that_follow_from_it() -> None:
+    then = {
+        "settings": {},
+        "rounding": {},
+        "base": {"fingerprint": "a", "config": "b"},
+        "data": "c",
+        "template": "d",
+        "machine": {"transformers": "5"},
+    }
+    assert changes(then, then) == {}
+    assert list(changes(then, then | {"template": "e", "data": "f"})) == ["template"]
+    assert list(changes(then, then | {"data": "f"})) == ["data"]
+    assert list(changes(then, then | {"base": {"fingerprint": "a", "config": "x"}})) == ["base"]
+    newer = then | {"base": {"fingerprint": "a", "config": "x"}, "machine": {"transformers": "6"}}
+    assert changes(then, newer) == {}  # another version says the same configuration in other words
+
+
+@pytest.mark.parametrize("what", ["a weight", "the configuration"])
+def test_another_base_is_refused_and_named(what: str, llama_folder: Path) -> None:
+    from lorafit.embedded import MODEL
+
+    for path in Path(MODEL).iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            shutil.copy(path, llama_folder)
+    size = json.loads((Path(MODEL) / "config.json").read_text())["vocab_size"]
+    config = json.loads((llama_folder / "config.json").read_text()) | {"vocab_size": size}
+    (llama_folder / "config.json").write_text(json.dumps(config))
+    weights = safetensors.torch.load_file(llama_folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.randn(size, weights[name].shape[1]) * 0.02
+    safetensors.torch.save_file(weights, llama_folder / "model.safetensors", {"format": "pt"})
+    command = (*COMMAND, f"model.name={llama_folder}", "optimizer.lr=1e-3")
+    assert stopped(5, *command, "hydra.run.dir=other")[0] == 143
+    if what == "a weight":
+        weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+        safetensors.torch.save_file(weights, llama_folder / "model.safetensors", {"format": "pt"})
+    else:
+        config["rope_parameters"] = {"rope_theta": 5000.0, "rope_type": "default"}
+        (llama_folder / "config.json").write_text(json.dumps(config))
+    code, _, err = program("resume=other")
+    assert code == 2 and "was trained otherwise: the base model has" in err and "[base]" in err, err
+    assert program("resume=other", "allow_changed=[base]")[0] == 0
+
+
+def test_every_setting_is_either_of_the_training_or_known_not_to_be() -> None:
+    """A key that is new is refused until somebody has thought about it."""
+    config = compose()
+    kept, rounding = training_settings(config)
+    left = {key for key in flat(to_dict(config)) if key not in kept and key not in rounding}
+    assert {key.partition(".")[0] for key in left} == {
+        *("adapter", "allow_changed", "allow_other_base", "audit", "bench", "callbacks", "combine", "data", "energy"),
+        *("generate", "halving", "ladder", "logger", "max_kl", "merge", "model", "out", "prompt", "report", "resume"),
+        *("quant", "save", "task", "trainer"),
+    }
+    assert {"rank", "alpha", "seed", "optimizer.lr", "data.packing", "trainer.max_steps", "model.dtype"} <= set(kept)
+    assert {key for key in left if key.startswith("trainer.")} == {
+        *("trainer.val_check_interval", "trainer.log_every_n_steps", "trainer.checkpoint_every_n_steps"),
+        *("trainer.accelerator", "trainer.max_skipped_steps", "trainer.on_oom"),
+    }
+
+
+@pytest.mark.parametrize("name", ["optimzer.lr", "bse", "rank.x"])
+def test_a_name_that_cannot_have_changed_is_answered_with_the_nearest(name: str) -> None:
+    code, _, err = program("resume=run", f"allow_changed=[{name}]")
+    assert code == 2 and f"allow_changed: there is no {name!r}" in err
+    if name != "rank.x":
+        assert "Did you mean" in err
+
+
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cut off", "a flipped bit", "empty", "missing"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(how: str) -> None:
+    last = Path("run/checkpoints/last.ckpt")
+    content = bytearray(last.read_bytes())
+    if how == "missing":
+        last.unlink()
+    elif how == "a flipped bit":
+        content[len(content) // 2] ^= 4
+        last.write_bytes(content)
+    else:
+        last.write_bytes(content[: len(content) // 2 if how == "cut off" else 0])
+    code, _, err = program("resume=run")
+    assert code == 0, err
+    if how != "missing":
+        assert "last.ckpt cannot be read as a checkpoint" in err
+        assert f"previous.ckpt, of step {STOPPED_AT - 1}" in err
+        assert Path("run/checkpoints/last.damaged").exists()
+    assert adapter("run") == adapter("whole")
+    for name in ("last", "previous", "best"):
+        load_checkpoint(f"run/checkpoints/{name}.ckpt")
+
+
+def test_without_a_checkpoint_that_can_be_read_it_says_which_to_remove() -> None:
+    for path in Path("run/checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"no checkpoint")
+    code, _, err = program("resume=run")
+    assert code == 2 and err.count("cannot be read as a checkpoint") >= 2 and "Traceback" not in err
+
+
+# --- resume=auto ------------------------------------------------------------------------------------------------------
+
+
+def test_auto_begins_goes_on_and_is_done() -> None:
+    """The same command until it is done, as a scheduler gives it that puts a job back into the queue."""
+    command = (*COMMAND, "hydra.run.dir=job", "resume=auto")
+    code, out, _ = stopped(9, *command)
+    assert code == 143 and "a new one begins" in out
+    code, out, _ = stopped(3, *command)
+    assert code == 143 and "goes on in job" in out
+    code, out, _ = program(*command)
+    assert code == 0 and "goes on in job" in out
+    assert adapter("job") == adapter("whole")
+    before = {path: path.stat().st_mtime_ns for path in Path("job").rglob("*")}
+    code, out, err = program(*command)
+    assert code == 0 and "is done already" in out and err == ""
+    assert {path: path.stat().st_mtime_ns for path in Path("job").rglob("*")} == before
+
+
+def test_auto_without_a_folder_finds_the_newest_stopped_run_of_the_same_settings() -> None:
+    for place, settings in (("1", COMMAND), ("2", COMMAND), ("3", (*COMMAND, "seed=1"))):
+        assert stopped(5, *settings, f"hydra.run.dir=outputs/2026-01-01/{place}")[0] == 143
+        time.sleep(0.02)
+    with alone(Path("outputs/2026-01-01/2").resolve()):  # somebody is at work there
+        code, out, _ = program(*COMMAND, "resume=auto")
+    assert code == 0 and "goes on in outputs/2026-01-01/1" in out
+    assert adapter("outputs/2026-01-01/1") == adapter("whole")
+    assert status("outputs/2026-01-01/2") == status("outputs/2026-01-01/3") == "interrupted"
+    code, out, _ = stopped(3, *COMMAND, "resume=auto", "seed=2")
+    assert code == 143 and "no run of these settings: a new one begins" in out
+
+
+def test_auto_goes_on_with_the_sweep_of_the_same_command() -> None:
+    command = ("-m", *COMMAND, "rank=1,2")
+    assert stopped(25, *command)[0] == 143
+    [sweep] = Path("multirun").glob("*/*")
+    code, out, _ = program(*command, "resume=auto")
+    assert code == 0 and f"goes on in {sweep}" in out
+    assert [status(sweep / f"rank={rank}") for rank in (1, 2)] == ["completed"] * 2
+    assert adapter(sweep / "rank=2") == adapter("whole")
+
+
+def test_auto_wants_a_folder_that_it_can_find_again() -> None:
+    code, _, err = program(*COMMAND, "resume=auto", "hydra.run.dir=runs/${now:%H%M%S}")
+    assert code == 2 and "give a fixed one, or none" in err
