@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorafit.checkpoint import Unfit, random_state, require_counts, set_random_state
+from lorafit.checkpoint import Unfit, random_state, require_counts, require_like, set_random_state
 from lorafit.checkpointing import CHECKPOINTING, keep_products, recompute_blocks
 from lorafit.data.loader import Batch
 from lorafit.elementwise import EAGER, WORTH_COMPILING, ops_without_compiling, require_compiled
@@ -321,7 +321,7 @@ class FinetuneModule(L.LightningModule):
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        _require_progress(checkpoint["loops"])
+        _require_progress(checkpoint["loops"], self.trainer.fit_loop.state_dict())
         # restored in on_train_start: by what this run is set to, not by what the checkpoint says of learning rates
         self._resumed = {"random_state": checkpoint["random_state"], "optimizer": checkpoint["optimizer_states"]}
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
@@ -339,16 +339,20 @@ class FinetuneModule(L.LightningModule):
         self.began = True
 
 
-def _require_progress(loops: Mapping[str, Any]) -> None:
-    """Raise Unfit unless what a checkpoint says of Lightning's loops, and of the place in the data, is counts."""
+def _require_progress(loops: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise Unfit unless what a checkpoint says of Lightning's loops, and of the place in the data, is counts. own:
+    what the loops say before they have begun."""
     fit = loops.get("fit_loop")
-    if not isinstance(fit, Mapping):
+    if not isinstance(fit, dict):
         raise Unfit("loops has no fit_loop")
-    require_counts({key: value for key, value in fit.items() if key != "state_dict"}, "loops.fit_loop")
-    own = fit.get("state_dict")
-    loaders = own.get("combined_loader", []) if isinstance(own, Mapping) else None
+    found = {key: value for key, value in fit.items() if key != "state_dict"}
+    require_like(found, {key: value for key, value in own.items() if key != "state_dict"}, "loops.fit_loop")
+    require_counts(found, "loops.fit_loop")
+    rest = fit.get("state_dict")
+    loaders = rest.get("combined_loader", []) if isinstance(rest, dict) else None
     for loader in loaders if isinstance(loaders, list) else [None]:
-        if not isinstance(loader, Mapping):
+        if not isinstance(loader, dict):
             raise Unfit("loops has no place in the data")
         place = {key: value for key, value in loader.items() if key != "report"}  # which is that of a stream
+        require_like(place, {"epoch": 0, "position": 0}, "loops.fit_loop.combined_loader")
         require_counts(place, "loops.fit_loop.combined_loader")

@@ -9,6 +9,7 @@ kernels that do not check.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -65,9 +66,15 @@ def _alike(found: Any, own: Any) -> bool:
     if isinstance(own, dict):
         return isinstance(found, dict) and found.keys() == own.keys() and all(_alike(found[k], own[k]) for k in own)
     if isinstance(own, Tensor):
-        return isinstance(found, Tensor) and found.shape == own.shape and found.dtype == own.dtype
+        same = isinstance(found, Tensor) and found.shape == own.shape and found.dtype == own.dtype
+        return same and (own.dim() > 0 or _is_count(found.item()))
     number = isinstance(own, int | float) and not isinstance(own, bool)
-    return isinstance(found, int | float) if number else type(found) is type(own)
+    return _is_count(found) if number else type(found) is type(own)
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value can be a number of steps: by one below zero an optimizer would divide by zero."""
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def go_to_step(scheduler: Any, step: int) -> None:
