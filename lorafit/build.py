@@ -8,6 +8,7 @@ functions take flat, typed arguments, and nobody has heard of Hydra.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 
 BASE = "base"  # how the model without an adapter is called, beside the names of adapters
+
+log = logging.getLogger(__name__)
 
 
 def is_main_process() -> bool:
@@ -112,6 +115,7 @@ def build_module(config: Config, base: Any = None) -> FinetuneModule:
         scheduler=config.scheduler.name,
         warmup=config.scheduler.warmup,
         gradient_clip_val=config.trainer.gradient_clip_val,
+        on_oom=config.trainer.on_oom,
         seed=config.seed,
     )
 
@@ -281,8 +285,21 @@ def _csv_logger(folder: Path, history: Sequence[Mapping[str, Any]]) -> Iterator[
     """Lightning's CSV logger, which begins its file anew: with what a resumed run has logged so far."""
     from lightning.pytorch.loggers import CSVLogger
 
+    class _Csv(CSVLogger):
+        """Keeps what the disk does not take, as Lightning's does, but does not end the run."""
+
+        told = False
+
+        def save(self) -> None:
+            try:
+                super().save()
+            except OSError as error:
+                if not self.told:
+                    log.warning(f"{folder / 'csv'} cannot be written ({error.strerror}): the run goes on without it")
+                self.told = True
+
     shutil.rmtree(folder / "csv", ignore_errors=True)  # it would warn that it does so
-    logger = CSVLogger(folder, name="csv", version="")
+    logger = _Csv(folder, name="csv", version="")
     for row in history:
         logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
     try:

@@ -197,6 +197,23 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"].cpu())
+    torch.set_rng_state(state["torch"].cpu().clone())  # which crashes for a tensor that begins within another's memory
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
+        torch.cuda.set_rng_state_all([item.cpu().clone() for item in state["cuda"]])
+
+
+def device_random_state(device: torch.device) -> torch.Tensor:
+    """The state of the generators that this process draws dropout masks from, as bytes [n]: in a group of processes
+    each has drawn as many as its own batches took."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_device_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Put the generators back to a state of `device_random_state`."""
+    own = len(torch.get_rng_state())
+    torch.set_rng_state(state[:own].cpu().clone())  # for the same reason as above
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[own:].cpu().clone(), device)

@@ -11,10 +11,16 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+from lorafit.errors import InputError
+from lorafit.redact import redact_values
+
+_DRAFT = ".draft"  # how the names of files end that are being written
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], keep: str | Path | None = None) -> None:
@@ -22,7 +28,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], kee
     was at `path`; at every moment one of the two is there, whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=_DRAFT)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -39,7 +45,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], kee
 
 def _keep(path: Path, kept: Path) -> None:
     """Give what is at `path` the name `kept` as well, or instead where a file can have one name only."""
-    second = kept.with_name(f".{kept.name}-")
+    second = kept.with_name(f".{kept.name}{_DRAFT}")
     try:
         second.unlink(missing_ok=True)
         os.link(path, second)
@@ -50,7 +56,7 @@ def _keep(path: Path, kept: Path) -> None:
 
 def clear_drafts(folder: str | Path) -> None:
     """Remove what writers left in a folder that were killed. Only for who is alone at work there."""
-    for path in Path(folder).glob(".*-*"):
+    for path in Path(folder).glob(f".*{_DRAFT}"):
         if path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
@@ -84,9 +90,22 @@ def _exchange(one: Path, other: Path) -> None:
     aside.parent.rmdir()
 
 
+def require_regular(path: str | Path) -> None:
+    """Raise InputError where something else than a file lies at `path`: a pipe or a device, whose reader would wait
+    for ever, or a folder. Where nothing lies there, whoever opens it says so."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+        kind = next((name for test, name in kinds if test(mode)), "a device")
+        raise InputError(f"{str(path)!r} is {kind}: a plain file is expected there")
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically. Numbers that JSON lacks (NaN, infinity) become null."""
-    text = json.dumps(_json_numbers(value), indent=2) + "\n"
+    """Write a value as indented JSON, atomically, secrets as ***. NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(redact_values(_json_numbers(value)), indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

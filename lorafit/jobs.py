@@ -7,9 +7,12 @@ Hydra adds no words of its own.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import logging
 import math
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from lorafit.config import typed
 from lorafit.errors import BusyError, DivergedError, LorafitError, MemoryExhausted, Stopped
 from lorafit.files import write_atomically, write_json
+from lorafit.redact import redact
+from lorafit.rescue import before_training
 from lorafit.schema import Config, check, to_dict
+from lorafit.stopping import stopped_by
 from lorafit.supervisor import Roll, death
 from lorafit.terminal import say
 
@@ -52,6 +58,7 @@ class Jobs:
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
         _running = (values, hydra_config)
+        _log_while_possible()
         try:
             if hydra_config.mode == RunMode.MULTIRUN:
                 return self._in_sweep(values, hydra_config, folder)
@@ -66,7 +73,8 @@ class Jobs:
         try:
             config = _checked(values, hydra_config)
             if hydra_config.output_subdir is not None:
-                record_settings(folder, config)
+                with before_training(folder):
+                    record_settings(folder, config)
             return self.run(config, folder)
         except Exception as error:
             _log_failure(error)
@@ -103,9 +111,12 @@ class Jobs:
             config = _checked(values, hydra_config)
             if self.job is not None:
                 return {"objective": self.job(config, folder, self.sweep, self.until)}
-            record_settings(folder, config)
+            with before_training(folder):
+                record_settings(folder, config)
             return {"objective": self.run(config, folder)}
         except Exception as error:
+            if (stop := stopped_by()) is not None:
+                raise stop from error
             _log_failure(error)
             said = str(error) if isinstance(error, LorafitError) else traceback.format_exc()
             say(f"job {hydra_config.job.num} failed: {said}", error=True)
@@ -113,12 +124,25 @@ class Jobs:
             told = str(error) if isinstance(error, LorafitError) else f"{type(error).__name__}: {error}"
             refused = self.job is not None and not isinstance(error, BusyError)
             if refused and not (folder / "metrics.json").exists():  # before it was called
-                _record_refusal(folder, told)
+                with contextlib.suppress(OSError):  # it may be the disk that was refused
+                    _record_refusal(folder, told)
             return {"error": told, "exit_code": getattr(error, "exit_code", 1)}
         except SystemExit as end:
             said = f"something in it ended the program (exit code {end.code})"
             say(f"job {hydra_config.job.num} failed: {said}", error=True)
             return {"error": said, "exit_code": 1}
+
+
+def _log_while_possible() -> None:
+    """A line that train.log does not take is left out, where Python's logging would print a traceback for each."""
+
+    def missed(handler: logging.Handler, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            logging.Handler.handleError(handler, record)
+
+    for handler in {*logging.getLogger().handlers, *_failures.handlers}:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = functools.partial(missed, handler)  # type: ignore[method-assign]
 
 
 def _checked(values: DictConfig, hydra_config: Any) -> Config:
@@ -142,7 +166,7 @@ def record_settings(folder: Path, config: Config) -> None:
         ("overrides.yaml", yaml.safe_dump(given, sort_keys=False) if given else "[]\n"),
         ("resolved.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))),
     ):
-        write_atomically(home / name, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
+        write_atomically(home / name, lambda file, content=content: file.write(redact(content).encode()))  # type: ignore[misc]
 
 
 def config_folder() -> str | None:

@@ -39,11 +39,16 @@ from lorafit.errors import InputError, LorafitError, Stopped, near_path
 from lorafit.explain import explain
 from lorafit.files import write_json
 from lorafit.jobs import Jobs, Run, RunJob
+from lorafit.recorded import trusted_overrides
+from lorafit.redact import redact_logs
+from lorafit.rescue import unwritable
 from lorafit.schema import CONF
+from lorafit.stopping import stopped_by, stopping
 from lorafit.supervisor import IN_PROCESS, ROLL, Roll, handling, serve, supervise
 from lorafit.terminal import say
 
 _AUTO = "resume=auto"
+_LARGEST = 2**20  # bytes of recorded overrides: far more than a command line has
 _COMMANDS = "sweep.json"  # in a sweep's folder: the commands that began it
 
 
@@ -54,8 +59,20 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
     folder_key: of a program that works on a folder; it may be given without the key, and is the program's run folder.
 
     Returns when all jobs are done. Otherwise the process ends with the exit code of what went wrong: 2 for
-    the user's errors (one message), 130 or 143 for a signal; a bug has its traceback.
+    the user's errors (one message), 129, 130 or 143 for a signal; a bug has its traceback.
     """
+    with stopping() as signals:
+        try:
+            _start(name, run, job, folder_key)
+        except Stopped as stop:  # where there is no more to say of it
+            _end(name, str(stop), stop.exit_code)
+        finally:
+            if _is_main(name):
+                signals.leave()
+
+
+def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> None:
+    redact_logs()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -119,8 +136,12 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
     except KeyboardInterrupt:
         _end(name, f"interrupted{_way_on(name, jobs)}", 130)
     except Exception as error:
+        if (asked := stopped_by()) is not None:  # a library has made another error of it
+            _end(name, f"{asked}{_way_on(name, jobs)}", asked.exit_code)
         if hasattr(error, "__notes__"):  # it comes out of a job: a bug
             raise
+        if isinstance(error, OSError) and (said := unwritable(error)) is not None:  # Hydra makes the run folder
+            _end(name, said, InputError.exit_code)
         _end(name, explain(error, overrides, arguments.config_dir), InputError.exit_code)
 
 
@@ -144,7 +165,12 @@ def _replay(overrides: list[str], multirun: bool) -> list[str]:
     recorded = folder / ".hydra" / "overrides.yaml" if folder is not None else None
     if multirun or recorded is None or not recorded.is_file():
         return overrides
-    before = [text for text in yaml.safe_load(recorded.read_text()) or [] if text[:7] != "resume="]
+    try:
+        given = yaml.safe_load(recorded.read_text()) if recorded.stat().st_size < _LARGEST else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        given = None
+    given = [text for text in given if str(text)[:7] != "resume="] if isinstance(given, list) else given
+    before = trusted_overrides(given, recorded, overrides)
     # the run may be one job of a sweep file, which is not to be swept again
     # and what it was started with stays as it is: these overrides may turn out to be wrong
     return [f"hydra.run.dir={quoted(str(folder))}", *before, *overrides, "hydra.mode=RUN", "hydra.output_subdir=null"]
@@ -215,13 +241,14 @@ def _replay_sweep(arguments: list[str]) -> list[str]:
     try:
         before = json.loads((folder / _COMMANDS).read_text())[-1]
         assert isinstance(before, list) and all(isinstance(text, str) for text in before)
-    except (ValueError, LookupError, AssertionError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, AssertionError):
         raise InputError(f"resume: {folder / _COMMANDS} does not say what was swept: give the command again") from None
-    mine = [text for text in before if re.match(r"[\w/.+~@]+=", text) and not text.startswith("hydra")]
-    mine += [text for text in before if text.startswith("hydra.sweep.subdir=")]
-    left = [text for text in before if text not in (*mine, "-m", "--multirun") and text[:16] != "hydra.sweep.dir="]
-    if left and not set(left) <= set(arguments) and ROLL not in os.environ:  # a worker's command has said it
-        say(f"not taken over from {folder / _COMMANDS}, so give it again where it is to hold: {shlex.join(left)}")
+    named = [text for text in before if text[:19] == "hydra.sweep.subdir=" and not re.search(r":|\.\.|=/", text)]
+    own = ("-m", "--multirun", *named)
+    before = [text for text in before if text not in own and text[:16] != "hydra.sweep.dir="]
+    # a worker's command has said what is not taken over
+    again = [*arguments, *(before if ROLL in os.environ else ())]
+    mine = [*trusted_overrides(before, folder / _COMMANDS, again), *named]
     given = [text for text in arguments if not text.startswith("resume=")]
     return ["-m", *mine, *given, f"hydra.sweep.dir={quoted(str(folder))}"]
 

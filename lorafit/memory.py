@@ -12,6 +12,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,3 +91,30 @@ def peak_bytes(device: torch.device) -> int:
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, which it does under several names."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in _OUT_OF_MEMORY)
+
+
+def page_again(optimizer: Any) -> None:
+    """Move the state of a paged optimizer that was restored from a checkpoint back into pageable memory.
+
+    bitsandbytes pages state when it makes it, and leaves what is loaded on the device: a resumed run would need memory
+    that the first one did not. Only tensors that it would have paged are moved (CUDA, 100,000 elements or more).
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            tensor = state.get(key)
+            if not isinstance(tensor, Tensor) or parameter.device.type != "cuda" or parameter.numel() < 100_000:
+                continue
+            if not getattr(tensor, "is_paged", False):
+                state[key] = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)
+                state[key].copy_(tensor)

@@ -16,9 +16,12 @@ base's compute dtype (see lora.py).
 
 from __future__ import annotations
 
+import gc
 import importlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -27,11 +30,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorafit.checkpoint import Unfit, random_state, require_counts, require_like, set_random_state
+from lorafit.checkpoint import (
+    Unfit,
+    device_random_state,
+    random_state,
+    require_counts,
+    require_like,
+    set_device_random_state,
+    set_random_state,
+)
 from lorafit.checkpointing import CHECKPOINTING, keep_products, recompute_blocks
 from lorafit.data.loader import Batch
 from lorafit.elementwise import EAGER, WORTH_COMPILING, ops_without_compiling, require_compiled
-from lorafit.errors import InputError, did_you_mean
+from lorafit.errors import InputError, MemoryExhausted, did_you_mean
 from lorafit.fastpath import BLOCK, PLAIN, leave_fast_path, recomputes, take_fast_path, use_ops
 from lorafit.inject import (
     count_parameters,
@@ -44,10 +55,15 @@ from lorafit.inject import (
 )
 from lorafit.loading import load_base_model
 from lorafit.loss import supervised_loss
+from lorafit.memory import is_out_of_memory, page_again
 from lorafit.optimizers import go_to_step, restore_optimizer
+from lorafit.splitting import halves
+
+log = logging.getLogger(__name__)
 
 FUSED = ("auto", "off")
 COMPILE = ("auto", "on", "off")
+ON_OOM = ("stop", "halve")
 SCHEDULES = ("cosine", "linear", "constant")
 # Optimizers come by dotted path; only these two libraries are looked into.
 OPTIMIZER_HOMES = ("torch.optim.", "bitsandbytes.optim.")
@@ -70,10 +86,13 @@ def find_optimizer(path: str) -> Callable[..., Optimizer]:
     home, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(home)
-        return getattr(module, name)
+        found = getattr(module, name)
     except (ImportError, AttributeError):
         names = dir(importlib.import_module(".".join(home.split(".")[:2])))
         raise InputError(f"there is no optimizer {path!r}.{did_you_mean(name, names)}") from None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise InputError(f"optimizer {path!r} is no class of optimizers: give one such as torch.optim.AdamW")
+    return found
 
 
 class FinetuneModule(L.LightningModule):
@@ -83,7 +102,8 @@ class FinetuneModule(L.LightningModule):
     rank, alpha and what else says which layers learn how: see `inject_lora`. quant, dtype, device, init, attention: see
     `load_base_model`. checkpointing: "full" recomputes each block in the backward pass.
     optimizer: a dotted path, with its keyword arguments beside it (at least `lr`). warmup: a number of steps, or a
-    fraction of all steps. gradient_clip_val: the largest norm of the whole gradient, or None.
+    fraction of all steps. gradient_clip_val: the largest norm of the whole gradient, or None. on_oom: "halve" computes
+    a batch that does not fit into memory in halves, with the same gradient; on one device only.
     Everything is built in `configure_model`, so that the object itself costs nothing.
     """
 
@@ -117,6 +137,7 @@ class FinetuneModule(L.LightningModule):
         scheduler: str = "cosine",
         warmup: float = 0.05,
         gradient_clip_val: float | None = 1.0,
+        on_oom: str = "stop",
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -125,6 +146,7 @@ class FinetuneModule(L.LightningModule):
             ("fused", fused, FUSED),
             ("compile", compile, COMPILE),
             ("scheduler", scheduler, SCHEDULES),
+            ("on_oom", on_oom, ON_OOM),
         ):
             if value not in choices:
                 raise InputError(
@@ -141,6 +163,10 @@ class FinetuneModule(L.LightningModule):
         self.step_loss = self.step_tokens = self.gradient_norm = torch.zeros(())
         self.used_learning_rate = 0.0
         self.stepped = True  # whether the optimizer has stepped since the last micro-batch was added
+        self.halved = 0  # micro-batches that were computed in halves
+        self._too_large: int | None = None  # so many tokens, padding included, did not fit
+        self._postponed: Batch | None = None  # a micro-batch whose forward pass did not fit
+        self._current: tuple[Batch, Tensor | None] | None = None  # the one under way, and the generators before it
         self.began = False  # whether training has come to its first step, all that a checkpoint holds being restored
         self._resumed: dict[str, Any] | None = None
 
@@ -240,14 +266,109 @@ class FinetuneModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.model is not None
-        loss, tokens = supervised_loss(self.model, batch, self.ops)
-        if self.stepped:  # the first micro-batch of a step
-            self.step_loss = self.step_tokens = torch.zeros((), device=loss.device)
-            self.stepped = False
-        self.step_loss = self.step_loss + loss.detach()
-        self.step_tokens = self.step_tokens + tokens
+        if self.options.on_oom == "halve":
+            self._current = (batch, self._generators())
+            found = None if self._is_too_large(batch) else self._forward_if_it_fits(batch)
+            if found is None:  # `backward` computes it, in halves
+                self._postponed = batch
+                return torch.zeros((), device=self.device, requires_grad=True)
+        else:
+            found = supervised_loss(self.model, batch, self.ops)
+        loss, tokens = found
+        self._count(loss.detach(), tokens)
         # Lightning divides by the number of micro-batches, and DDP by that of processes: both are taken back here
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _count(self, loss: Tensor, tokens: Tensor) -> None:
+        """Add the sums of a micro-batch, or of a part of one, to those of the step under way."""
+        if self.stepped:  # the first of a step
+            self.step_loss = self.step_tokens = torch.zeros((), device=loss.device)
+            self.stepped = False
+        self.step_loss = self.step_loss + loss
+        self.step_tokens = self.step_tokens + tokens
+
+    # ---------------------------------------------------------------------------------------------- in halves
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's backward pass of a micro-batch; with on_oom="halve" in halves where it does not fit."""
+        if self._current is None:
+            loss.backward(*args, **kwargs)
+            return
+        (batch, generators), self._current = self._current, None
+        counted, self._postponed = self._postponed is None, None
+        if counted:
+            before = self._gradients()
+            if _fits(partial(loss.backward, *args, **kwargs)):
+                return
+            self._restore(before)
+        del loss  # and with it what the forward pass has kept
+        if generators is not None:
+            set_device_random_state(generators, self.device)
+        self._note_too_large(batch)
+        self.halved += 1
+        self._in_halves(batch, count=not counted)
+
+    def _in_halves(self, batch: Batch, count: bool) -> None:
+        """Forward and backward pass of both halves of a batch. Raises MemoryExhausted for a single example."""
+        _let_go(self.device)
+        parts = halves(batch)
+        if parts is None:
+            raise MemoryExhausted(
+                f"out of memory: a single example of {batch['input_ids'].numel()} tokens does not fit, and "
+                "trainer.on_oom=halve has nothing left to halve"
+            )
+        for part in parts:
+            if self._is_too_large(part):
+                self._in_halves(part, count)
+                continue
+            generators, before = self._generators(), self._gradients()
+            sums: list[tuple[Tensor, Tensor]] = []
+            if _fits(partial(self._forward_and_backward, part, sums)):
+                if count:
+                    self._count(*sums[0])
+                continue
+            self._restore(before)
+            if generators is not None:
+                set_device_random_state(generators, self.device)
+            self._note_too_large(part)
+            self._in_halves(part, count)
+
+    def _forward_and_backward(self, batch: Batch, sums: list[tuple[Tensor, Tensor]]) -> None:
+        assert self.model is not None
+        loss, tokens = supervised_loss(self.model, batch, self.ops)
+        loss.backward()
+        sums.append((loss.detach(), tokens))
+
+    def _forward_if_it_fits(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        found: list[tuple[Tensor, Tensor]] = []
+        model = self.model
+        assert model is not None
+        return found[0] if _fits(lambda: found.append(supervised_loss(model, batch, self.ops))) else None
+
+    def _generators(self) -> Tensor | None:
+        """The state of the generators, where dropout draws from them: a second try is to draw the same."""
+        return device_random_state(self.device) if self.options.dropout > 0 else None
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Copies of the gradients so far, for a backward pass may fail when it has written some."""
+        return [None if p.grad is None else p.grad.clone() for p in self.trainable_parameters()]
+
+    def _restore(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.trainable_parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+    def _is_too_large(self, batch: Batch) -> bool:
+        large = self._too_large is not None and batch["input_ids"].numel() >= self._too_large
+        return large and halves(batch) is not None  # a single example is tried in any case
+
+    def _note_too_large(self, batch: Batch) -> None:
+        rows, length = batch["input_ids"].shape
+        if self._too_large is None:
+            log.warning(
+                f"memory ran out in a batch of {rows} x {length} tokens: it, and those that are as large, are computed "
+                "in halves from here on (trainer.on_oom=halve)"
+            )
+        self._too_large = min(self._too_large or rows * length, rows * length)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.trainer.world_size > 1:
@@ -255,7 +376,8 @@ class FinetuneModule(L.LightningModule):
                 torch.stack((self.step_loss, self.step_tokens)), reduce_op="sum"
             ).unbind()
         gradients = [parameter.grad for parameter in self.trainable_parameters() if parameter.grad is not None]
-        torch._foreach_div_(gradients, self.step_tokens.clamp(min=1).to(gradients[0].dtype))
+        if gradients:  # a step that is skipped has none
+            torch._foreach_div_(gradients, self.step_tokens.clamp(min=1).to(gradients[0].dtype))
         self.used_learning_rate = optimizer.param_groups[0]["lr"]
         self.stepped = True
 
@@ -319,24 +441,57 @@ class FinetuneModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_state"] = random_state()
+        if self.trainer.world_size > 1:
+            states = self.all_gather(device_random_state(self.device).to(self.device))
+            assert isinstance(states, Tensor)
+            checkpoint["random_states"] = list(states.cpu())
+        checkpoint["halving"] = {"too_large": self._too_large or 0, "halved": self.halved}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _require_progress(checkpoint["loops"], self.trainer.fit_loop.state_dict())
+        halving = checkpoint.get("halving", {"too_large": 0, "halved": 0})
+        require_like(halving, {"too_large": 0, "halved": 0}, "halving")
+        require_counts(halving, "halving")
+        self._too_large, self.halved = halving["too_large"] or None, halving["halved"]
         # restored in on_train_start: by what this run is set to, not by what the checkpoint says of learning rates
         self._resumed = {"random_state": checkpoint["random_state"], "optimizer": checkpoint["optimizer_states"]}
+        if self.trainer.world_size == len(checkpoint.get("random_states", ())) > 1:
+            self._resumed["own_random_state"] = checkpoint["random_states"][self.global_rank]
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
 
     def on_train_start(self) -> None:
         if self._resumed is not None:
             optimizer = self.trainer.optimizers[0]
             restore_optimizer(optimizer, self._resumed["optimizer"], self._make_optimizer)
+            page_again(optimizer)
 
             for config in self.trainer.lr_scheduler_configs:
                 go_to_step(config.scheduler, self.trainer.global_step)
             # last: what Lightning does between loading and the first step draws random numbers
             set_random_state(self._resumed["random_state"])
+            if "own_random_state" in self._resumed:
+                set_device_random_state(self._resumed["own_random_state"], self.device)
             self._resumed = None
         self.began = True
+
+
+def _fits(work: Callable[[], object]) -> bool:
+    """Call `work`; False where memory has run out in it. Nothing of the error is kept, since its frames would keep what
+    has to be let go."""
+    try:
+        work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _let_go(device: torch.device) -> None:
+    """Give back the memory of what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _require_progress(loops: Mapping[str, Any], own: Mapping[str, Any]) -> None:

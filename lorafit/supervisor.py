@@ -116,6 +116,8 @@ def supervise(command: Sequence[str], roll: Roll) -> int:
             begun = roll.unfinished()
             if asked and code == -signal.SIGTERM:  # it had nothing to save yet
                 return -asked[0]
+            if code == 128 + signal.SIGTERM and asked and asked[0] == signal.SIGINT:  # told it as the other
+                return 128 + signal.SIGINT
             if asked or not begun:
                 return code
             for place, entry in begun.items():  # it ended in the middle of a job, by a signal or by itself

@@ -27,6 +27,7 @@ import yaml
 from lorafit.build import build_data, device_name, load_base
 from lorafit.config import Config, config_sha256, to_dict
 from lorafit.errors import BusyError, DivergedError, InputError, MemoryExhausted
+from lorafit.rescue import before_training
 from lorafit.schema import NO_PART_OF_A_RUN, flat, settings_sha256
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ def alone(folder: Path) -> Iterator[None]:
     """Raise BusyError where another process is at the job of this folder: both would write the same files."""
     import fcntl
 
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    with before_training(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from lorafit.redact import redact
+
 # what would move the cursor, clear the screen, or turn the direction of the text around it
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -41,10 +43,10 @@ def console(quiet: bool = False) -> Console:
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print a line at once; where nobody reads any more (`| head`), the work goes on."""
+    """Print a line at once, secrets as ***; where nobody reads any more (`| head`), the work goes on."""
     stream = sys.stderr if error else sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        print(redact(text), file=stream, flush=True)
     except BrokenPipeError:
         _silence(stream)
 

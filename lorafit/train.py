@@ -38,11 +38,13 @@ from lorafit.build import (
     require_no_adapter,
 )
 from lorafit.config import Config, config_sha256, quoted, settings_to_record, to_dict
-from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, Paused, Stopped, reason
+from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, NotSaved, Paused, Stopped, reason
 from lorafit.jobs import config_folder, record_settings
 from lorafit.launch import start
 from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
+from lorafit.rescue import before_training, only_told, rescued, tried_twice
 from lorafit.resuming import clear_up, find_checkpoint, identity, require_same
+from lorafit.stopping import stopped_by
 from lorafit.sweep import Beyond, Job, Shared, alone, read_metrics, recorded_result, resumed, sweep_of
 from lorafit.terminal import say
 
@@ -88,7 +90,8 @@ def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> f
         before, going_on = read_metrics(folder), resumed(config, folder)
         if going_on.resume is None:  # a checkpoint of nobody knows which settings is not to be found here later
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        record_settings(folder, config)
+        with before_training(folder):
+            record_settings(folder, config)
         try:
             return _recorded(going_on, folder, _SHARED, Job(sweep, until, before.get("rungs", {})))
         except Beyond:
@@ -96,7 +99,7 @@ def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> f
             return math.nan
         except InputError as error:
             refused = {"status": "failed", "error": str(error), "config_sha256": config_sha256(config)}
-            _write_metrics(folder, before | refused)
+            _note(folder, before | refused)
             raise
         finally:
             _SHARED.give_back()
@@ -118,12 +121,19 @@ def _recorded(config: Config, folder: Path, shared: Shared, job: Job | None) -> 
     except (LorafitError, Stopped) as error:
         if isinstance(error, MemoryExhausted):
             shared.forget()
-        _write_metrics(folder, metrics | {"status": error.status, "error": str(error)})
+        _note(folder, metrics | {"status": error.status, "error": str(error)})
         raise
     except Exception as error:
-        _write_metrics(folder, metrics | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        if (stop := stopped_by()) is not None:  # a library has made another error of it
+            _note(folder, metrics | {"status": stop.status, "error": str(stop)})
+            raise stop from error
+        _note(folder, metrics | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
         raise
-    _write_metrics(folder, metrics)
+    if (refused := tried_twice(lambda: _write_metrics(folder, metrics), folder, "metrics.json")) is not None:
+        raise NotSaved(
+            f"{folder} does not take metrics.json ({refused.strerror}), without which the run looks unfinished. Free "
+            f"space and give resume={folder}, which completes it"
+        )
     return loss
 
 
@@ -141,8 +151,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         History,
         PagedOptimizerMemory,
         PauseAt,
+        ProveLearning,
+        SkipNonFinite,
         StepMetrics,
-        StopOnNonFinite,
         StopOnSignal,
         TrainingProgress,
         history_rows,
@@ -167,10 +178,11 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         stream_sentence,
     )
     from lorafit.terminal import console
-    from lorafit.trainer import JobDDP, build_trainer, quiet_libraries, total_steps
+    from lorafit.trainer import JobDDP, build_trainer, quiet_libraries, still_logging, total_steps
 
     terminal = console(quiet=not is_main_process())
-    checkpoints = Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every_n_steps)
+    finite = SkipNonFinite(config.trainer.max_skipped_steps)
+    checkpoints = Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every_n_steps, finite=finite)
     with StopOnSignal(checkpoints) as signals, contextlib.ExitStack() as stack:
         L.seed_everything(config.seed, verbose=False)
         torch.set_float32_matmul_precision("high")
@@ -204,6 +216,11 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             raise InputError(
                 "resume: a streamed run of several processes cannot be resumed, since they stand at different places: "
                 "start it anew with one device, or without data.streaming"
+            )
+        if config.trainer.on_oom == "halve" and devices > 1:
+            raise InputError(
+                "trainer.on_oom=halve needs one device, since a group takes one backward pass a batch: trainer.devices "
+                f"is {devices}"
             )
         if job and job.until is not None and devices > 1:
             raise InputError(
@@ -259,10 +276,13 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         )
 
         if is_main_process():  # from here on a run that is killed has left word of itself
-            clear_up(folder, found)
-            if found is not None:
-                record_settings(folder, config)
-            _write_metrics(folder, metrics | {"status": Stopped.status})
+            if (folder / "adapter").exists() and not (folder / "adapter").is_dir():
+                raise InputError(f"{folder / 'adapter'} is a file, where the adapter's folder is to be: remove it")
+            with before_training(folder):
+                clear_up(folder, found)
+                if found is not None:
+                    record_settings(folder, config)
+                _write_metrics(folder, metrics | {"status": Stopped.status})
 
         # ---- the base, measured
         terminal.print("\nmeasuring the base on held-out data …")
@@ -275,7 +295,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         stack.enter_context(memory_errors(metrics))  # the logger is to hear what it was as well
         step_metrics = StepMetrics(config.trainer.log_every_n_steps)
         memory = PagedOptimizerMemory(config.callbacks.memory_every_n_steps, shared.idle_bytes)
-        callbacks: list[L.Callback] = [StopOnNonFinite(), step_metrics, memory]
+        callbacks: list[L.Callback] = [finite, step_metrics, memory]
+        if config.callbacks.prove_after_n_steps:
+            callbacks.append(ProveLearning(config.callbacks.prove_after_n_steps))
         if config.callbacks.norms_every_n_steps:
             callbacks.append(AdapterNorms(config.callbacks.norms_every_n_steps))
         if config.callbacks.progress:
@@ -301,6 +323,11 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             with restoring(found, module):
                 trainer.fit(module, data, ckpt_path=str(found.path) if found is not None else None)
             checkpoints.make_up(trainer, module)
+        except DivergedError as error:
+            if finite.first_of_row is None or not is_main_process():
+                raise
+            kept = checkpoints.keep_good(finite.first_of_row)
+            raise DivergedError(f"{error}.{last_good(kept, folder)}") from error
         except Paused:
             assert job is not None and stop is not None
             signals.check()
@@ -308,11 +335,13 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             metrics["status"] = Stopped.status
             metrics["error"] = f"halving: looked at after {stop} of {steps} steps"
             metrics["rungs"] = job.rungs | {str(job.until): loss}
-            log_summary(logger, metrics)
+            with still_logging(logger):
+                log_summary(logger, metrics)
             terminal.print(f"after {stop} of {steps} steps: held-out loss {loss:.4g}")
             return loss
         finally:
             metrics["speed"] = step_metrics.totals()
+            metrics["speed"] |= {"skipped_steps": finite.skipped, "halved_batches": module.halved}
             metrics["speed"]["startup_seconds"] = round(step_metrics.began - began, 3)
             metrics["memory"] = memory_metrics(memory)
             metrics["data"] |= {key: value for key, value in data.statistics().items() if data.streaming}
@@ -338,30 +367,40 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             {"prompt": example.prompt, "before": old, "after": new, "reference": example.completion}
             for example, old, new in zip(data.eval_examples, answers_before, answers_after, strict=False)
         ]
-        write_samples(folder / "samples.jsonl", samples)
+        with only_told(folder / "samples.jsonl", "the run has no samples"):
+            write_samples(folder / "samples.jsonl", samples)
         metrics["speed"]["total_seconds"] = round(time.perf_counter() - began, 3)
         if config.save.dtype != config.adapter_dtype == "float32":  # what was trained rounded is stored as it was used
             metrics["saved"] = {"dtype": config.save.dtype, "bytes": adapter_bytes(model, config.save.dtype)}
             metrics["saved"] |= measure_rounding(model, data.eval_batches(), config.save.dtype)
-        save_adapter(
-            model,
-            folder / "adapter",
-            dtype=config.save.dtype,
-            provenance={
-                "metrics": {key: metrics[key] for key in ("before", "after", "retention", "saved") if key in metrics},
-                "data": {"path": config.data.path, "template": data.template_hash(), "sha256": data.content_hash()}
-                | metrics["data"],
-                "settings": settings_to_record(config),
-                "config_sha256": metrics["config_sha256"],
-                "versions": metrics["versions"],
-            },
-        )
+        provenance = {
+            "metrics": {key: metrics[key] for key in ("before", "after", "retention", "saved") if key in metrics},
+            "data": {"path": config.data.path, "template": data.template_hash(), "sha256": data.content_hash()}
+            | metrics["data"],
+            "settings": settings_to_record(config),
+            "config_sha256": metrics["config_sha256"],
+            "versions": metrics["versions"],
+        }
+
+        def save(place: Path) -> None:
+            save_adapter(model, place / "adapter", dtype=config.save.dtype, provenance=provenance)
+
+        def save_elsewhere(place: Path) -> None:
+            save(place)
+            _write_metrics(place, metrics)
+            write_samples(place / "samples.jsonl", samples)
+
+        if checkpoints.failed is not None:
+            log.warning(f"the last checkpoint is not written: {checkpoints.failed}")
+        if (refused := tried_twice(lambda: save(folder), folder, "the adapter")) is not None:
+            raise rescued(save_elsewhere, refused, folder, resumable=checkpoints.last.exists())
         metrics["status"] = "completed"  # only now: without its adapter a run is not
-        log_results(logger, metrics, samples, trainer.global_step)
-        log_labels(logger, label_table(data.encoder, data.train_sequences))
-        log_summary(logger, metrics)
-        if config.logger is not None and config.logger.adapter:
-            log_adapter(logger, folder / "adapter")
+        with still_logging(logger):
+            log_results(logger, metrics, samples, trainer.global_step)
+            log_labels(logger, label_table(data.encoder, data.train_sequences))
+            log_summary(logger, metrics)
+            if config.logger is not None and config.logger.adapter:
+                log_adapter(logger, folder / "adapter")
         terminal.print(result_table(metrics))
         if samples and config.task.samples:
             terminal.print(samples_table(samples[: config.task.samples]))
@@ -401,6 +440,19 @@ def tokens_of(data: Any, batches: int) -> int:
     examples, tokens = len(data.train_sequences), data.statistics()["train_tokens"]
     each = tokens / examples if examples and not data.packing and not data.streaming else data.encoder.max_length
     return round(batches * data.batch_size * each)
+
+
+def last_good(checkpoint: Path | None, folder: Path) -> str:
+    """What to say of the checkpoint that is left after a run has diverged."""
+    if checkpoint is None:
+        return " It has no checkpoint from before that"
+    from lorafit.checkpoint import load_checkpoint
+
+    step = load_checkpoint(checkpoint)["global_step"]
+    return (
+        f" The last good checkpoint is {checkpoint}, of step {step}. To go on from it: resume={folder} with what you "
+        "change, and 'allow_changed=[KEY]'"
+    )
 
 
 @contextlib.contextmanager
@@ -445,6 +497,12 @@ def in_order(metrics: dict[str, Any]) -> dict[str, Any]:
     last = ("rungs", "ladder", "seed", "versions", "config_sha256", "ranks")
     middle = {key: value for key, value in metrics.items() if key not in last}
     return {key: metrics[key] for key in first if key in metrics} | middle | metrics
+
+
+def _note(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics.json of a run that has failed already, if the disk takes it."""
+    with only_told(folder / "metrics.json", "it does not say how the run ended"):
+        _write_metrics(folder, metrics)
 
 
 def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:

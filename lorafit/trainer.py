@@ -7,11 +7,12 @@ summary and the checkpoint callback are our own (callbacks/), since Lightning's 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from transformers.utils import logging as hf_logging
 
 from lorafit.checkpoint import load_checkpoint, save_checkpoint
+from lorafit.errors import reason
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -159,9 +163,23 @@ def build_trainer(
 
 
 def log_to_all(trainer: L.Trainer, numbers: Mapping[str, float]) -> None:
-    """Hand numbers of the step that was just taken to every logger of a trainer."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(numbers), step=trainer.global_step)
+    """Hand numbers of the step that was just taken to every logger of a trainer. One that fails is told of and left
+    out from then on: no training is lost over what draws its curves."""
+    for logger in list(trainer.loggers):
+        with still_logging(logger) as logged:
+            logger.log_metrics(dict(numbers), step=trainer.global_step)
+            logged.append(True)
+        if not logged:
+            trainer.loggers = [other for other in trainer.loggers if other is not logger]
+
+
+@contextlib.contextmanager
+def still_logging(logger: Any) -> Iterator[list[bool]]:
+    """A warning in place of any error of a logger: its service may have died, its disk may be full."""
+    try:
+        yield []
+    except Exception as error:
+        log.warning(f"{type(logger).__name__} fails ({reason(error)}): the run goes on without it")
 
 
 def quiet_libraries() -> None:
@@ -177,6 +195,7 @@ def quiet_libraries() -> None:
         ".*Trainer.fit.* stopped.*",
         ".*isn't supported on CPU.*",
         ".*found .* module.* in eval mode.*",
+        ".*all_gather is deprecated.*",
         ".*sync_dist=True.*",  # the sum over processes is taken before it is logged
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -1,6 +1,6 @@
 """Programs of lorafit in processes of their own, to be stopped, killed and starved; without their seconds of imports.
 
-    child = forked(["trainer.max_steps=8", f"hydra.run.dir={folder}"], before=pausing("lorafit.adapter:save_adapter", "save"))
+    child = forked(["rank=4", f"hydra.run.dir={folder}"], before=pausing("lorafit.adapter:save_adapter", "save"))
     child.until("save")                     # it stands there now
     os.kill(child.pid, signal.SIGTERM)
     child.go()                              # it goes on from there
@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,7 @@ def _child(request: dict[str, Any], connection: socket.socket) -> None:
     sys.argv = [request["program"].replace(".", " "), *request["arguments"]]
     sys.modules["faulty"] = sys.modules["__main__"]
     _told = connection
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the temporary folders of the server are not its own
     code: int = 1
     try:
         hook = pickle.loads(request["before"])

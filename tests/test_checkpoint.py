@@ -23,12 +23,14 @@ from lorafit.checkpoint import (
     LAST,
     PREVIOUS,
     Unfit,
+    device_random_state,
     load_checkpoint,
     newest_checkpoint,
     random_state,
     require_counts,
     require_like,
     save_checkpoint,
+    set_device_random_state,
     set_random_state,
 )
 from lorafit.errors import InputError
@@ -245,10 +247,10 @@ def test_a_full_disk_is_told_as_such_and_leaves_what_was_there(tmp_path: Path, m
 
 
 def test_what_a_killed_writer_left_is_taken_away_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".last.ckpt-a1b2", ".previous.ckpt-", "last.ckpt", "best.ckpt", "notes-of-mine"):
+    for name in (".last.ckpt-a1b2.draft", ".previous.ckpt.draft", "last.ckpt", "best.ckpt", ".notes-of-mine"):
         (tmp_path / name).touch()
     clear_drafts(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt", "notes-of-mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes-of-mine", "best.ckpt", "last.ckpt"]
     write_atomically(tmp_path / "a", lambda file: file.write(b"b"))
     assert (tmp_path / "a").read_bytes() == b"b"
 
@@ -262,6 +264,21 @@ def test_all_generators_go_on_where_they_were() -> None:
     drawn = [draw() for _ in range(3)]
     set_random_state(before)
     assert [draw() for _ in range(3)] == drawn
+    # in a file of ours it stands by itself; PyTorch dies of one that does not
+    inside = torch.cat((torch.zeros(5056, dtype=torch.uint8), before["torch"]))[5056:]
+    set_random_state(before | {"torch": inside})
+    assert [draw() for _ in range(3)] == drawn
+
+
+def test_every_process_of_a_group_has_its_own_generators() -> None:
+    device = torch.device("cpu")
+    states = torch.stack([device_random_state(device), torch.zeros_like(device_random_state(device))])
+    torch.manual_seed(9)
+    states[1] = device_random_state(device)
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    set_device_random_state(states[1], device)
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_pieces_of_a_checkpoint_are_of_the_kind_they_should_be() -> None:

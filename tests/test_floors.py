@@ -16,19 +16,20 @@ PACKAGE = Path(lorafit.__file__).parent
 FLOORS = {
     0: (
         *("cache", "copies", "data", "elementwise", "embedded", "errors", "files", "fingerprint", "terminal"),
+        *("stopping", "redact"),
         *("fourbit", "loading", "quant", "rounding", "weights"),
     ),
-    1: ("lora", "loss", "fused", "checkpointing"),
+    1: ("lora", "loss", "fused", "checkpointing", "splitting"),
     2: ("inject", "fastpath"),
     3: (
-        *("adapter", "checkpoint", "optimizers", "memory", "machine", "retention", "evaluation", "isolation"),
-        *("merging", "serving", "combining", "spectrum"),
+        *("adapter", "checkpoint", "optimizers", "diagnosis", "memory", "machine", "retention", "evaluation"),
+        *("isolation", "merging", "serving", "combining", "spectrum"),
     ),
     4: ("module", "datamodule", "trainer"),
     5: ("callbacks",),
     6: (
         *("train", "build", "measuring", "config", "launch", "explain", "schema", "tables", "audit_page", "__main__"),
-        *("jobs", "sweep", "supervisor", "resuming", "reporting"),
+        *("jobs", "sweep", "supervisor", "resuming", "recorded", "rescue", "reporting"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench", "bench_table", "peers"),
     ),
 }

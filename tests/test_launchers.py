@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+
+from lorafit.checkpoint import load_checkpoint
 
 TINY = (
     *("trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "data.batch_size=4", "task.generate_examples=4"),
@@ -148,3 +151,23 @@ def test_jobs_on_two_devices_follow_one_another_and_each_leaves_one_folder() -> 
         assert f"rank={rank}" in Path(f"all/rank={rank}/.hydra/overrides.yaml").read_text()
         assert [json.loads(line)["step"] for line in Path(f"all/rank={rank}/history.jsonl").open()].count(1) >= 1
     assert out.count("\njob ") == 2 and not Path("multirun").exists() and not Path("outputs").exists()
+
+
+def test_a_run_on_two_devices_that_only_one_is_told_to_end_goes_on_bit_for_bit() -> None:
+    """Each process draws dropout masks of its own, and a signal reaches one of them."""
+    command = ("trainer.devices=2", "dropout=0.1", "rank=2", "trainer.max_steps=40")
+    command += ("trainer.checkpoint_every_n_steps=1",)
+    code, out, err = program(*command, "hydra.run.dir=whole")
+    assert code == 0, out + err
+    process = start(*command, "hydra.run.dir=run")
+    try:
+        wait_for(Path("run/checkpoints/last.ckpt").exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143
+    finally:
+        process.kill()
+    assert load_checkpoint("run/checkpoints/last.ckpt")["global_step"] < 40
+    code, out, err = program("resume=run")
+    assert code == 0, out + err
+    files = [Path(run, "adapter", "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
+    assert files[0] == files[1]

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorafit.callbacks import Checkpoints, StepMetrics, StopOnNonFinite, StopOnSignal
+from lorafit.callbacks import Checkpoints, SkipNonFinite, StepMetrics, StopOnSignal
 from lorafit.checkpoint import load_checkpoint, random_state
 from lorafit.config import CONF
 from lorafit.data import IGNORE, ResumableLoader, collate
@@ -303,12 +303,12 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step and self.where == "step":
-            self.signals.signum = 15
+            self.signals.stopping.asked.append(15)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.held_out.append((trainer.global_step, float(trainer.callback_metrics["eval/loss"])))
         if trainer.global_step == self.step and self.where == "validation":
-            self.signals.signum = 15
+            self.signals.stopping.asked.append(15)
 
 
 def embedded_run(
@@ -340,7 +340,7 @@ def embedded_run(
         accumulate_grad_batches=accumulate,
         val_check_interval=validate if validate is not None else 1000,
         accelerator="cpu",
-        callbacks=[StopOnNonFinite(), metrics, watch, checkpoints, signals],
+        callbacks=[SkipNonFinite(), metrics, watch, checkpoints, signals],
     )
     try:
         trainer.fit(made, data, ckpt_path=str(resume) if resume else None)

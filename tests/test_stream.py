@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafit.callbacks import Checkpoints, StepMetrics, StopOnNonFinite, StopOnSignal
+from lorafit.callbacks import Checkpoints, SkipNonFinite, StepMetrics, StopOnSignal
 from lorafit.checkpoint import load_checkpoint
 from lorafit.data import Encoder, StreamLoader, load_tokenizer, parse_sources
 from lorafit.data.formats import Formatter
@@ -352,11 +352,11 @@ def train(
     checkpoints, metrics = Checkpoints(folder), StepMetrics()
     signals = StopOnSignal(checkpoints)
 
-    class Stop(StopOnNonFinite):
+    class Stop(SkipNonFinite):
         def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
             super().on_train_batch_end(trainer, *rest)
             if trainer.global_step == stop:
-                signals.signum = 15
+                signals.stopping.asked.append(15)
 
     data.setup()
     trainer = build_trainer(

@@ -36,7 +36,7 @@ from lorafit.adapter.files import (
     weights_file,
 )
 from lorafit.adapter.options import AdapterConfig, adapted_names, parse, write
-from lorafit.errors import InputError, did_you_mean
+from lorafit.errors import DivergedError, InputError, did_you_mean
 from lorafit.files import replace_folder, write_atomically, write_json
 from lorafit.fingerprint import fingerprint_of
 from lorafit.inject import (
@@ -89,7 +89,8 @@ def save_adapter(
     base_model: the name to record; by default the one it was loaded by. provenance: what else lorafit.json and the
     card should hold ("metrics", "data", ...). dtype: of the tensors on the disk, "float32", "bfloat16", "int8" or
     "nf4"; by default what A and B multiply in. Only the first two are read by peft.
-    Raises InputError when the model has no adapter, or one that peft cannot say.
+    Raises InputError when the model has no adapter, or one that peft cannot say; DivergedError when it holds a number
+    that is not finite, or that would not be in `dtype`.
     """
     layers = lora_layers(model)
     if not layers:
@@ -107,6 +108,7 @@ def save_adapter(
     try:
         config = write(model, name)
         state = _to_peft(model, _as_used(model))
+        _require_finite(state, dtype)
         factors = {key for key in state if ".lora_" in key}
         file_name, content = weights_bytes(state, dtype, factors)
         write_atomically(draft / file_name, lambda file: file.write(content))
@@ -133,6 +135,19 @@ def save_adapter(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _require_finite(state: Mapping[str, Tensor], dtype: str) -> None:
+    """Raise DivergedError for values that are not finite, or would not be in the file: bfloat16 ends at 3.39e38, a
+    little below float32."""
+    for name, tensor in state.items():
+        stored = tensor.to(torch.bfloat16) if _stored_as(name, dtype) == "bfloat16" else tensor
+        if not torch.isfinite(stored).all():
+            also = "" if stored is tensor else f" as {dtype}"
+            raise DivergedError(
+                f"the adapter holds a number that is not finite{also}, in {name.removeprefix(PREFIX)}: it is not saved. "
+                "Lower optimizer.lr"
+            )
 
 
 def _as_used(model: nn.Module) -> dict[str, Tensor]:

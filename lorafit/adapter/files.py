@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import InputError, near_path, reason
+from lorafit.files import require_regular
 from lorafit.rounding import (
     METADATA,
     SCALES,
@@ -89,6 +90,7 @@ def inside(folder: Path, name: str) -> Path:
 def read_json(folder: Path, name: str) -> Any:
     """The value of a JSON file of the folder; InputError where it cannot be read."""
     path = inside(folder, name)
+    require_regular(path)
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise InputError(f"{path}: {path.stat().st_size:,} bytes are too many for a {name}")

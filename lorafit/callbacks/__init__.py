@@ -1,12 +1,13 @@
 """What watches a training run: each file one concern, each callback usable alone with any Trainer of FinetuneModule."""
 
 from lorafit.callbacks.checkpoints import Checkpoints
-from lorafit.callbacks.finite import StopOnNonFinite
+from lorafit.callbacks.finite import SkipNonFinite
 from lorafit.callbacks.history import History, history_rows
 from lorafit.callbacks.memory import PagedOptimizerMemory
 from lorafit.callbacks.norms import AdapterNorms
 from lorafit.callbacks.pause import PauseAt
 from lorafit.callbacks.progress import TrainingProgress
+from lorafit.callbacks.proof import ProveLearning
 from lorafit.callbacks.signals import StopOnSignal
 from lorafit.callbacks.speed import StepMetrics
 
@@ -16,8 +17,9 @@ __all__ = [
     "History",
     "PagedOptimizerMemory",
     "PauseAt",
+    "ProveLearning",
+    "SkipNonFinite",
     "StepMetrics",
-    "StopOnNonFinite",
     "StopOnSignal",
     "TrainingProgress",
     "history_rows",

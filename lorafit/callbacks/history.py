@@ -2,12 +2,16 @@
 
 It is a file of the run folder, so that curves can be drawn without any service (`lorafit.report`), and it is what a
 resumed run begins with: the points after the checkpoint are cut off, since they are logged again.
+
+A disk that takes no more costs the run nothing: points are kept, and written in their order when it takes them again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,12 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lorafit.errors import reason
 from lorafit.files import write_atomically
 
 NAME = "history.jsonl"
+KEPT = 10_000  # points that wait for the disk, a megabyte or two; of more the oldest are lost
+log = logging.getLogger(__name__)
 
 
 def history_rows(folder: str | Path, until: int) -> list[dict[str, Any]]:
@@ -49,6 +56,10 @@ class History(Logger):
         self.path = Path(folder) / NAME
         self._began = False
         self._rows = list(rows)
+        self._waiting: deque[bytes] = deque(maxlen=KEPT)
+        self._whole = 0  # bytes of the file that are whole lines
+        self._lost = 0
+        self._failing = False
 
     @property
     def name(self) -> str:
@@ -63,15 +74,47 @@ class History(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._begin()
         row = {"step": step} | {
             key: float(value) if math.isfinite(value) else None for key, value in metrics.items() if key != "epoch"
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._lost += len(self._waiting) == KEPT
+        self._waiting.append((json.dumps(row) + "\n").encode())
+        self._write()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Try once more to write what waits, and tell what is lost."""
+        if self._waiting:
+            self._write()
+        if lost := self._lost + len(self._waiting):
+            log.warning(f"{self.path} lacks {lost} points that could not be written")
+
+    def _write(self) -> None:
+        """Write what waits; where the disk does not take it, it waits on."""
+        try:
+            self._begin()
+            text = memoryview(b"".join(self._waiting))
+            with self.path.open("ab", buffering=0) as file:
+                self._whole = min(self._whole, file.tell())
+                file.truncate(self._whole)  # half a line may be there from when it failed
+                while text:
+                    text = text[file.write(text) :]
+                self._whole = file.tell()
+            self._waiting.clear()
+        except OSError as error:
+            if not self._failing:
+                log.warning(
+                    f"{self.path} cannot be written ({error.strerror or reason(error)}): the training goes on, and "
+                    "what is logged is kept until it can"
+                )
+            self._failing = True
+        else:
+            if self._failing:
+                log.warning(f"{self.path} is written again")
+            self._failing = False
 
     def _begin(self) -> None:
         if not self._began:  # what an earlier run left here is replaced when this one has something to say
-            text = "".join(json.dumps(row) + "\n" for row in self._rows)
-            write_atomically(self.path, lambda file: file.write(text.encode()))
-            self._began = True
+            text = "".join(json.dumps(row) + "\n" for row in self._rows).encode()
+            write_atomically(self.path, lambda file: file.write(text))
+            self._began, self._whole = True, len(text)

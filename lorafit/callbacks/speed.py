@@ -67,8 +67,8 @@ class StepMetrics(L.Callback):
             seconds, tokens, before = (self.seconds - self._mark[0], self.tokens - self._mark[1], self._mark[2])
             self._mark = (self.seconds, self.tokens, self.supervised_tokens)
             self.recent |= {
-                "train/tokens_per_second": tokens / seconds,
-                "train/supervised_tokens_per_second": (self.supervised_tokens - before) / seconds,
+                "train/tokens_per_second": tokens / max(seconds, 1e-9),
+                "train/supervised_tokens_per_second": (self.supervised_tokens - before) / max(seconds, 1e-9),
                 "train/seconds": self.seconds,
             }
             log_to_all(trainer, self.recent)

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lorafit.errors import InputError, Paused, reason
 from lorafit.files import write_atomically
 
+log = logging.getLogger(__name__)
+FINISH_SECONDS = {False: 60.0, True: 1800.0}  # by whether it is sent to a server: an adapter may be large
 STEP = "trainer/global_step"  # what everything is drawn over, in the words of Lightning's logger
 
 
@@ -50,42 +54,43 @@ def wandb_logger(
     job_type: str = "train",
     sweep: str | Path | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-) -> Iterator[WandbLogger]:
+) -> Iterator[WandbLogger | None]:
     """A Lightning logger over the W&B run of a run folder, finished on leaving: after an error with its exit code.
 
     sweep: the folder of the sweep that the run is a job of. history: what a resumed run has logged so far, points
     like {"step": 10, "train/loss": 1.2}. Without it the run begins anew, and is another one where the folder's run had
-    ended well. Raises InputError when mode is "online" and no key is known, instead of asking for one.
+    ended well. None in place of a logger, and a warning, where W&B cannot be opened: its disk is full, its service does
+    not start. Raises InputError when mode is "online" and no key is known, instead of asking for one.
     """
     folder = Path(folder).resolve()
     home = folder / "wandb"
-    home.mkdir(parents=True, exist_ok=True)
     shared = Path(sweep).resolve() / "wandb" if sweep is not None else home
     with _environment(mode, shared):
         import wandb
 
         if mode == "online":
             _log_in()
-        run_id = _known_id(home, going_on=bool(history)) or secrets.token_hex(4)
-        if mode != "disabled":
-            _remember(home, run_id, None)
-        run = wandb.init(
-            project=project,
-            name=name,
-            group=group,
-            tags=list(tags),
-            job_type=job_type,
-            config=dict(config),
-            dir=folder,
-            mode=mode,  # type: ignore[arg-type]
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            reinit="create_new",
-            # a killed process loses what is not written yet, by default up to 15 seconds or 32 KiB
-            settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=0.1),
-        )
-        exit_code = 1
+        run = None
         try:
+            home.mkdir(parents=True, exist_ok=True)
+            run_id = _known_id(home, going_on=bool(history)) or secrets.token_hex(4)
+            if mode != "disabled":
+                _remember(home, run_id, None)
+            run = wandb.init(
+                project=project,
+                name=name,
+                group=group,
+                tags=list(tags),
+                job_type=job_type,
+                config=dict(config),
+                dir=folder,
+                mode=mode,  # type: ignore[arg-type]
+                id=run_id,
+                resume="allow" if mode == "online" else None,
+                reinit="create_new",
+                # a killed process loses what is not written yet, by default up to 15 seconds or 32 KiB
+                settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=0.1),
+            )
             place = Path(run.dir).parent
             os.environ["WANDB_DATA_DIR"] = str(place)
             run.define_metric(STEP)
@@ -97,6 +102,14 @@ def wandb_logger(
                 _set_aside(run_id, home, place)
             if mode != "disabled" and sweep is not None:
                 _show(run_id, place, shared)
+        except Exception as error:  # a full disk, a service that does not start: no training is lost over it
+            log.warning(f"W&B cannot be opened ({reason(error)}): the run goes on without it")
+            if run is not None:
+                _finish(run, 1, mode)
+            yield None
+            return
+        exit_code = 1
+        try:
             yield WandbLogger(experiment=run)
             exit_code = 0
         except Paused:  # the run goes on later, or was not worth it: no failure
@@ -104,14 +117,50 @@ def wandb_logger(
             raise
         except BaseException as error:
             exit_code = getattr(error, "exit_code", 1)
-            run.summary.update({"status": getattr(error, "status", "failed"), "error": reason(error)})
+            with contextlib.suppress(Exception):  # `error` is what is to be told
+                run.summary.update({"status": getattr(error, "status", "failed"), "error": reason(error)})
             raise
         finally:
+            if _finish(run, exit_code, mode):
+                with contextlib.suppress(OSError):
+                    if mode != "disabled":
+                        _remember(home, run_id, exit_code)
+                shutil.rmtree(home / "replaced", ignore_errors=True)
+
+
+def _finish(run: Any, exit_code: int, mode: str) -> bool:
+    """Finish a run, unless its service has died or does not answer. Whether it is finished."""
+    errors: list[BaseException] = []
+
+    def finish() -> None:
+        try:
             run.summary["exit_code"] = exit_code
             run.finish(exit_code=exit_code)
-            if mode != "disabled":
-                _remember(home, run_id, exit_code)
-            shutil.rmtree(home / "replaced", ignore_errors=True)
+        except BaseException as error:
+            errors.append(error)
+
+    # in a thread, since nothing in W&B waits for a limited time only
+    thread = threading.Thread(target=finish, daemon=True)
+    thread.start()
+    thread.join(FINISH_SECONDS[mode == "online"])
+    if not thread.is_alive() and not errors:
+        return True
+    said = reason(errors[0]) if errors else "its service does not answer"
+    log.warning(f"W&B cannot finish its run ({said}): what it has not written is lost; history.jsonl holds the curves")
+    _end_service()
+    return False
+
+
+def _end_service() -> None:
+    """End a service that fails, or W&B would wait for it when the program ends; the next run starts one of its own."""
+    with contextlib.suppress(Exception):
+        from wandb.sdk import wandb_setup
+
+        connection: Any = wandb_setup.singleton()._connection
+        connection._proc._process.kill()
+        thread = threading.Thread(target=wandb_setup.teardown, daemon=True)
+        thread.start()
+        thread.join(5)
 
 
 def log_summary(logger: Any, metrics: Mapping[str, Any]) -> None:

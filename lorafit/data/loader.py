@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from lorafit.data.tokens import IGNORE, Sequence
 from lorafit.errors import InputError
+from lorafit.stopping import in_worker
 
 Batch = dict[str, Tensor]
 
@@ -226,6 +227,7 @@ class ResumableLoader:
             batch_sampler=self.batches(self.epoch)[self.position :],
             collate_fn=self._collate,
             num_workers=self.num_workers,
+            worker_init_fn=in_worker,
             generator=torch.Generator().manual_seed(self.seed),
         )
         for batch in loader:

@@ -29,6 +29,7 @@ from lorafit.data.sources import Row, Source, draw_rows, read_rows
 from lorafit.data.store import Builder, Sequences
 from lorafit.data.tokens import Encoder
 from lorafit.errors import InputError
+from lorafit.stopping import in_worker
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class StreamLoader:
                 _Windows(self, self.epoch, self.at_window),
                 batch_size=None,
                 num_workers=self.num_workers,
+                worker_init_fn=in_worker,
                 collate_fn=_as_it_is,  # type: ignore[arg-type]  # without a batch size it is given one window
                 prefetch_factor=1 if self.num_workers else None,
                 generator=torch.Generator().manual_seed(self.seed),

@@ -1,0 +1,100 @@
+"""Where a number that is not finite comes from: the first module, in the order of the forward pass, that gives one out.
+
+The batches of the step are computed once more, without gradient and in evaluation mode, in which the layers run as they
+are written (fastpath.py) and nothing is dropped. So the answer names a layer, not a fused step. Nothing of the model is
+changed, and no random number is used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.loss import supervised_loss
+from lorafit.quant import dequantize, is_quantized
+
+
+@dataclass(frozen=True)
+class Finding:
+    """module: its name. weight: the first of its own parameters that is not finite, None where it is the input or the
+    product that is not."""
+
+    module: str
+    weight: str | None
+    from_input: bool
+
+    def __str__(self) -> str:
+        if self.weight is not None:
+            return f"{self.module}, whose {self.weight} holds a number that is not finite"
+        return f"{self.module}, whose input is not finite either" if self.from_input else self.module
+
+
+class _Found(Exception):
+    """Carries the finding out of the forward pass."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__()
+        self.finding = finding
+
+
+@torch.no_grad()
+def first_nonfinite_module(model: nn.Module, batches: Iterable[Any]) -> Finding | None:
+    """The first module whose output is not finite in the forward pass over the batches; None where all are."""
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks.append(module.register_forward_hook(_watch(name.removesuffix(".base_layer"))))
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            model.eval()
+            for batch in batches:
+                supervised_loss(model, batch)
+    except _Found as found:
+        return found.finding
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    return None
+
+
+def _watch(name: str) -> Any:
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if all(_finite(tensor) for tensor in _tensors(output)):
+            return
+        clean = all(_finite(tensor) for tensor in _tensors(inputs))
+        raise _Found(Finding(name, _bad_weight(module), not clean))
+
+    return look
+
+
+def _bad_weight(module: nn.Module) -> str | None:
+    if is_quantized(module) and not _finite(dequantize(module)):
+        return "weight"
+    for name, parameter in module.named_parameters(recurse=False):
+        if not _finite(parameter):
+            return name
+    return None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,89 @@
+"""Secrets become *** before anything is written down.
+
+A key gets into a log by being part of a name, a path or an error, so each place that writes passes its text through
+here. Known are the values of the environment's variables that are named as secrets, the tokens that the hub and
+Weights & Biases keep in the home, and texts shaped like their keys. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import netrc
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MASK = "***"
+SHORTEST = 8  # characters; a shorter value would be found in words that have nothing to do with it
+_NAMES = re.compile(r"(?:API_KEY|TOKEN|SECRET|PASSWORD)$|_SECRET_|PASSWORD", re.IGNORECASE)
+_SHAPES = re.compile(r"hf_[A-Za-z0-9]{30,}|wandb_v1_[A-Za-z0-9_-]{8,}")
+_IN_URL = re.compile(r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)")
+_LARGEST = 65_536  # bytes of a file that holds a token
+
+
+def redact(text: str) -> str:
+    """The text with *** in place of every secret that is known or looks like one."""
+    for value in _known():
+        text = text.replace(value, MASK)
+    return _IN_URL.sub(MASK, _SHAPES.sub(MASK, text))
+
+
+def redact_values(value: Any) -> Any:
+    """The same for a nested value: its texts, and the keys of its mappings. Lists and tuples become lists."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redact(key) if isinstance(key, str) else key: redact_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_values(item) for item in value]
+    return value
+
+
+def redact_logs() -> None:
+    """Have every record of Python's logging redacted, its traceback with it. A second call does nothing."""
+    before = logging.getLogRecordFactory()
+    if getattr(before, "redacts", False):
+        return
+
+    def made(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = before(*arguments, **named)
+        try:
+            said = record.getMessage()
+        except (TypeError, ValueError, KeyError):
+            return record  # logging tells of it itself
+        clean = redact(said)
+        if clean != said:
+            record.msg, record.args = clean, None
+        if record.exc_info:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+        return record
+
+    made.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(made)
+
+
+def _known() -> tuple[str, ...]:
+    """The values that are secret, the longest first, since one may be part of another."""
+    named = tuple(value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= SHORTEST)
+    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    kept = _kept(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"), os.path.expanduser("~/.netrc"))
+    return tuple(sorted({*named, *kept}, key=lambda value: (-len(value), value)))
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(token: str, passwords: str) -> tuple[str, ...]:
+    """What the two files hold that logins have left in the home."""
+    found: list[str] = []
+    try:
+        path = Path(token)
+        if path.is_file() and path.stat().st_size <= _LARGEST:
+            found.append(path.read_text().strip())
+        if Path(passwords).is_file():
+            hosts = netrc.netrc(passwords).hosts
+            found += [entry[2] for host, entry in hosts.items() if "wandb" in host and entry[2]]
+    except (OSError, ValueError, netrc.NetrcParseError):
+        pass  # whoever needs them says so
+    return tuple(value for value in found if len(value) >= SHORTEST)

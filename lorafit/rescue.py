@@ -1,0 +1,106 @@
+"""What becomes of a run when the disk takes no more: it is told at once, and what was trained is not lost.
+
+Training goes on without what cannot be written. At the end the adapter is tried twice, and then saved in the folder for
+temporary files, which often is another disk; the run has failed all the same (`NotSaved`), since its folder lacks what
+it is to hold. Before anything was trained such a disk is an `InputError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lorafit.errors import InputError, NotSaved, reason
+from lorafit.files import clear_drafts
+
+log = logging.getLogger(__name__)
+
+AGAIN_SECONDS = 1.0  # until the second try: a quota or a network disk may have had a bad moment
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+_UNWRITABLE |= {errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EFBIG, errno.ENODEV, errno.ENXIO}
+
+
+def unwritable(error: OSError, folder: Path | None = None) -> str | None:
+    """What to say of a run folder that cannot be made or written; None where that is not what went wrong."""
+    if error.errno not in _UNWRITABLE:
+        return None
+    where = str(folder or error.filename or "it")
+    return (
+        f"the run folder cannot be written to: {where} ({error.strerror}). Nothing was trained: put it right, or give "
+        "hydra.run.dir=OTHER (for a sweep hydra.sweep.dir=OTHER)"
+    )
+
+
+@contextlib.contextmanager
+def before_training(folder: Path) -> Iterator[None]:
+    """Raise InputError in place of what the disk says to a run folder that nothing was trained in yet."""
+    try:
+        yield
+    except OSError as error:
+        said = unwritable(error, folder)
+        if said is None:
+            raise
+        raise InputError(said) from error
+
+
+@contextlib.contextmanager
+def only_told(path: Path, means: str) -> Iterator[None]:
+    """A warning in place of what the disk says to a file that a run can do without. means: what is missing then."""
+    try:
+        yield
+    except OSError as error:
+        log.warning(f"{path} cannot be written ({error.strerror or reason(error)}): {means}")
+
+
+def tried_twice(write: Callable[[], object], folder: Path, what: str) -> OSError | None:
+    """Call `write`, which writes `what` into a run folder; where it fails once more, after a moment and after removing
+    what killed writers left there. Returns what the disk said to both; None where it was written."""
+    for last in (False, True):
+        try:
+            write()
+            return None
+        except OSError as error:
+            if last:
+                return error
+            log.warning(f"{folder} does not take {what} ({error.strerror or reason(error)}): trying again")
+            time.sleep(AGAIN_SECONDS)
+            clear_drafts(folder)
+            clear_drafts(folder / "checkpoints")
+            for draft in folder.glob(".adapter-*"):
+                shutil.rmtree(draft, ignore_errors=True)
+    raise AssertionError("unreachable")
+
+
+def rescued(write: Callable[[Path], object], error: OSError, folder: Path, resumable: bool) -> NotSaved:
+    """Write elsewhere what a run folder did not take, and say where. write: called with the folder to write into.
+    resumable: whether a checkpoint of the run is in its folder."""
+    said = error.strerror or reason(error)
+    lost = f"the run is trained, but {folder} does not take its adapter ({said})"
+    way_on = ""
+    if resumable:
+        way_on = f" To complete the run, free space and give resume={folder}: it goes on from its last checkpoint"
+    try:
+        place = Path(tempfile.mkdtemp(prefix=f"lorafit-{folder.name}-"))
+        try:
+            write(place)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+    except OSError as second:
+        also = f"nor does {tempfile.gettempdir()} ({second.strerror or reason(second)}): it is lost."
+        return NotSaved(f"{lost}, {also}{way_on or ' Free space, and run it again'}")
+    disk = "" if _on_another_disk(place, folder) else ", on the same disk,"
+    return NotSaved(f"{lost}. It is saved{disk} in {place / 'adapter'}.{way_on}")
+
+
+def _on_another_disk(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.stat(one).st_dev != os.stat(other).st_dev
+    return True
