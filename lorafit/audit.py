@@ -23,6 +23,7 @@ from lorafit.build import build_data, build_skeleton, load_module, open_logger, 
 from lorafit.config import Config
 from lorafit.errors import InputError
 from lorafit.launch import start
+from lorafit.redact import redact, redact_values
 
 if TYPE_CHECKING:
     from lorafit.datamodule import FinetuneDataModule
@@ -67,7 +68,7 @@ def run(config: Config, folder: Path) -> None:
     }
     write_json(folder / "audit.json", found)
     page = audit_page(found, source_names(config.data.path))
-    write_atomically(folder / "audit.html", lambda file: file.write(page.encode()))
+    write_atomically(folder / "audit.html", lambda file: file.write(redact(page).encode()))
     with open_logger(config, folder, job_type="audit") as logger:
         log_audit(logger, found)
     for part in audit_tables(found, terminal.is_terminal):
@@ -176,7 +177,7 @@ def log_audit(logger: Any, found: dict[str, Any]) -> None:
         for state, count, text in token_runs(example["tokens"])
     ]
     if hasattr(logger, "log_table") and rows:
-        logger.log_table("audit", columns=["row", "state", "tokens", "text"], data=rows)
+        logger.log_table("audit", columns=["row", "state", "tokens", "text"], data=redact_values(rows))
 
 
 if __name__ == "__main__":

@@ -286,17 +286,21 @@ def _csv_logger(folder: Path, history: Sequence[Mapping[str, Any]]) -> Iterator[
     from lightning.pytorch.loggers import CSVLogger
 
     class _Csv(CSVLogger):
-        """Keeps what the disk does not take, as Lightning's does, but does not end the run."""
+        """A disk that does not take it does not end the run."""
 
-        told = False
+        failed = False
 
         def save(self) -> None:
+            if self.failed:  # half a line may be there, and the lines before it be lost: it is not gone on with
+                return
             try:
                 super().save()
             except OSError as error:
-                if not self.told:
-                    log.warning(f"{folder / 'csv'} cannot be written ({error.strerror}): the run goes on without it")
-                self.told = True
+                log.warning(
+                    f"{folder / 'csv'} cannot be written ({error.strerror}): the run goes on without it; history.jsonl "
+                    "holds the curves"
+                )
+                self.failed = True
 
     shutil.rmtree(folder / "csv", ignore_errors=True)  # it would warn that it does so
     logger = _Csv(folder, name="csv", version="")

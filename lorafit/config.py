@@ -30,6 +30,8 @@ from lorafit.schema import CONF, Config, check, config_sha256, is_number, to_dic
 __all__ = ["CONF", "Config", "check", "compose", "config_sha256", "settings_to_record", "to_dict"]
 
 VERSION_BASE = "1.3"
+# more values, or deeper ones, than any setting has, and about as many as OmegaConf takes seconds for
+_MOST, _DEEPEST = 5000, 20
 
 
 # --- resolvers: the few values in conf/ that follow from others -----------------------------------
@@ -168,6 +170,11 @@ def _take_over(plain: dict[str, Any], given: set[str]) -> None:
     folder = find_adapter(os.path.expanduser(first))
     record = read_record(folder)
     settings = record.get("settings") or {}
+    if _is_too_much([settings, record.get("dtype")]):
+        raise InputError(
+            f"adapter {first!r}: the settings in its lorafit.json are more than {_MOST} values, or nested deeper than "
+            f"{_DEEPEST}"
+        )
     if "${" in json.dumps([settings, record.get("dtype")]):  # a stranger's file, which is not to be computed with
         raise InputError(f"adapter {first!r}: the settings in its lorafit.json hold an interpolation (${{…}})")
     for section, keys in _RECORDED.items():
@@ -193,6 +200,16 @@ def _take_over(plain: dict[str, Any], given: set[str]) -> None:
             plain[key] = None
 
 
+def _is_too_much(value: Any) -> bool:
+    """Whether nested values are more, or nested deeper, than a configuration can take."""
+    level, count = [value], 0
+    for _ in range(_DEEPEST):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+        count += len(level)
+    return count > _MOST or bool(level)
+
+
 def _expanded(value: Any) -> Any:
     """A path, or the paths of a list of sources, with ~ as the shell means it."""
     if isinstance(value, list):
@@ -212,6 +229,11 @@ def prepare(overrides: list[str]) -> list[str]:
     """Quote the paths that Hydra's grammar cannot read: `~/rows.jsonl`, and the folders of a sweep."""
     prepared = []
     for text in overrides:
+        depths = itertools.accumulate((sign in "[{(") - (sign in ")}]") for sign in text)
+        if max(depths, default=0) > _DEEPEST or text.count(",") > _MOST:
+            raise InputError(
+                f"cannot read the override {text[:80]!r}…: more than {_MOST} values, or deeper than {_DEEPEST} brackets"
+            )
         key, _, value = text.partition("=")
         if value.startswith("~/") or (not re.fullmatch(r"[\w./-]*", value, re.ASCII) and os.path.exists(value)):
             text = f"{key}={quoted(value)}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.lora import LoRAEmbedding
 from lorafit.loss import supervised_loss
 from lorafit.quant import dequantize, is_quantized
 
@@ -47,7 +48,8 @@ def first_nonfinite_module(model: nn.Module, batches: Iterable[Any]) -> Finding 
     hooks = []
     for name, module in model.named_modules():
         if name:
-            hooks.append(module.register_forward_hook(_watch(name.removesuffix(".base_layer"))))
+            watch = _watch(name.removesuffix(".base_layer"), model.get_submodule(name.rpartition(".")[0]))
+            hooks.append(module.register_forward_hook(watch, with_kwargs=True))
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
     try:
@@ -65,11 +67,14 @@ def first_nonfinite_module(model: nn.Module, batches: Iterable[Any]) -> Finding 
     return None
 
 
-def _watch(name: str) -> Any:
-    def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+def _watch(name: str, around: nn.Module) -> Any:
+    def look(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         if all(_finite(tensor) for tensor in _tensors(output)):
             return
-        clean = all(_finite(tensor) for tensor in _tensors(inputs))
+        clean = all(_finite(tensor) for tensor in _tensors((inputs, named)))
+        if isinstance(around, LoRAEmbedding) and _bad_weight(around.lora_A) is not None:
+            # whose rows are looked up, so that it has no output of its own
+            raise _Found(Finding(f"{name.rpartition('.')[0]}.lora_A", _bad_weight(around.lora_A), False))
         raise _Found(Finding(name, _bad_weight(module), not clean))
 
     return look

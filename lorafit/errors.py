@@ -17,9 +17,9 @@ the value it had and the way out, and helps with the nearest right name where a 
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 from collections.abc import Iterable
-from pathlib import Path
 
 
 class LorafitError(Exception):
@@ -98,8 +98,14 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 def near_path(name: str) -> str:
     """`did_you_mean` for a path that is not there, among those that lie beside it."""
-    folder = Path(name).expanduser().parent
-    return did_you_mean(name, (str(path) for path in folder.iterdir())) if folder.is_dir() else ""
+    folder = os.path.dirname(os.path.expanduser(name)) or "."
+    found = sorted(os.listdir(folder)) if os.path.isdir(folder) and os.access(folder, os.R_OK) else ()
+    return did_you_mean(name, (os.path.normpath(os.path.join(folder, other)) for other in found))
+
+
+def shortened(text: str) -> str:
+    """A message without the middle of a value of thousands of letters."""
+    return text if len(text) <= 2000 else f"{text[:1000]} … {text[-500:]}"
 
 
 def reason(error: BaseException) -> str:

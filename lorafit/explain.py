@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from lorafit.errors import nearest
+from lorafit.errors import nearest, reason, shortened
 from lorafit.schema import CONF, Config, near_names
 
 
@@ -80,7 +80,7 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None = Non
             if "=" in error.override
             else "an override is key=value"
         )
-        return f"cannot read the override {error.override!r}: {hint}"
+        return shortened(f"cannot read the override {error.override!r}: {hint}")
     groups = config_groups(config_dir)
     parser = OverridesParser.create()
     for text in overrides:
@@ -88,10 +88,13 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None = Non
             override = parser.parse_override(text)
         except HydraException:
             continue  # the error at hand is another one
+        except (ValueError, RecursionError) as wrong:  # a number of thousands of digits
+            return f"cannot read the override {text[:80]!r}: {reason(wrong)}"
         said = _explain_override(override, groups, str(error))
         if said:
-            return said
-    if isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError | OSError):
+            return shortened(said)
+    for_users = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError)
+    if isinstance(error, for_users):
         return one_line(error)
     raise error
 
@@ -134,7 +137,7 @@ def _explain_override(override: Override, groups: dict[str, list[str]], error: s
 def one_line(error: BaseException) -> str:
     """An error of Hydra or OmegaConf that no override explains: their first words, and the key."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    first = str(cause).strip().partition("\n")[0] or type(cause).__name__
+    first = shortened(str(cause).strip().partition("\n")[0]) or type(cause).__name__
     key = getattr(cause, "full_key", None)
     wrong = re.match(r"Value (.*) of type '\w+' could not be converted to (\w+)", first)
     if key and wrong:

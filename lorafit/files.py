@@ -103,6 +103,38 @@ def require_regular(path: str | Path) -> None:
         raise InputError(f"{str(path)!r} is {kind}: a plain file is expected there")
 
 
+def require_own_files(folder: str | Path, depth: int = 1) -> None:
+    """Raise InputError where something in a folder, or in those `depth` levels below it, is neither a plain file nor a
+    folder, or is a link that leads out of it: a reader would wait for ever, or read what is not the folder's.
+
+    The cache of the hub keeps its files beside its snapshots, as links into `blobs`: those stay in their repository.
+    """
+    root = Path(folder).resolve()
+    homes = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    below = [(Path(folder), depth)]
+    while below:
+        place, levels = below.pop()
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise InputError(f"{str(place)!r} cannot be read ({error.strerror})") from error
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_symlink():
+                target = Path(os.path.realpath(path))
+                if not any(target.is_relative_to(home) for home in homes):
+                    raise InputError(
+                        f"{str(path)!r} is a link out of the folder, to {str(target)!r}, and is not followed: put the "
+                        "file itself there"
+                    )
+            if not os.path.isdir(path):
+                require_regular(path)
+            elif levels and not entry.name.startswith("."):
+                below.append((path, levels - 1))
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, atomically, secrets as ***. NaN and infinity, which JSON lacks, become null."""
     text = json.dumps(redact_values(_json_numbers(value)), indent=2) + "\n"

@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from lorafit.config import typed
 from lorafit.errors import BusyError, DivergedError, LorafitError, MemoryExhausted, Stopped
 from lorafit.files import write_atomically, write_json
-from lorafit.redact import redact
-from lorafit.rescue import before_training
+from lorafit.redact import redact, redact_values
+from lorafit.rescue import before_training, only_told
 from lorafit.schema import Config, check, to_dict
 from lorafit.stopping import stopped_by
 from lorafit.supervisor import Roll, death
@@ -46,6 +46,7 @@ class Jobs:
     def __init__(self, run: Run, job: RunJob | None = None) -> None:
         self.run, self.job = run, job
         self.error: Exception | None = None  # of a single run
+        self.records = True  # whether a single run writes down its settings
         self.roll: Roll | None = None
         self.sweep: Path | None = None
         # of successive halving: which round it is, how far it trains, and who takes part
@@ -71,8 +72,11 @@ class Jobs:
 
     def _alone(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
         try:
+            if self.records:  # first of all: a run that is killed, or refused, has it
+                with before_training(folder):
+                    record_command(folder)
             config = _checked(values, hydra_config)
-            if hydra_config.output_subdir is not None:
+            if self.records:
                 with before_training(folder):
                     record_settings(folder, config)
             return self.run(config, folder)
@@ -84,6 +88,7 @@ class Jobs:
 
     def _in_sweep(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
         number, self.sweep = hydra_config.job.num, Path(hydra_config.sweep.dir)
+        _redact_file(self.sweep / "multirun.yaml")
         if self.roll is None:  # a sweep that some other file than those of conf/sweep asked for
             self.roll = Roll.begin(self.sweep)
         if self.among is not None and number not in self.among:
@@ -146,27 +151,56 @@ def _log_while_possible() -> None:
 
 
 def _checked(values: DictConfig, hydra_config: Any) -> Config:
-    config = typed(values, hydra_config.overrides.task)
+    config = typed(values, _as_given(hydra_config))
     check(config)
     return config
 
 
 def record_settings(folder: Path, config: Config) -> None:
-    """Write down in .hydra by what settings the run in `folder` goes. Hydra does so before anybody has looked at what
-    is in the folder; a job of a sweep and a run that is gone on with do it themselves, when they begin."""
+    """Write down in .hydra by what settings the run in `folder` goes, secrets as ***. Hydra would do so with the
+    secrets, and before anybody has looked at what is in the folder; so it is told not to."""
+    if _running is not None:  # else called as a function, not as a program
+        record_command(folder)
+        _write_yaml(folder / ".hydra" / "resolved.yaml", to_dict(config))
+
+
+def record_command(folder: Path) -> None:
+    """The part of `record_settings` that is known before the configuration is checked: Hydra's three files."""
     if _running is None:
-        return  # called as a function, not as a program
+        return
     values, hydra_config = _running
-    given = [text for text in hydra_config.overrides.task if not text.startswith("resume=")]
-    given = list({text.partition("=")[0]: text for text in given}.values())  # of what was said twice, the last
     home = folder / ".hydra"
-    for name, content in (
-        ("config.yaml", OmegaConf.to_yaml(values)),
-        ("hydra.yaml", OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_config}))),
-        ("overrides.yaml", yaml.safe_dump(given, sort_keys=False) if given else "[]\n"),
-        ("resolved.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))),
-    ):
-        write_atomically(home / name, lambda file, content=content: file.write(redact(content).encode()))  # type: ignore[misc]
+    _write_yaml(home / "overrides.yaml", given_overrides())
+    _write_yaml(home / "config.yaml", OmegaConf.to_container(values))
+    _write_yaml(home / "hydra.yaml", {"hydra": OmegaConf.to_container(hydra_config)})
+
+
+def given_overrides() -> list[str]:
+    """The overrides of the job at hand as they were given, secrets and all; without resume, and of what was said twice
+    the last."""
+    assert _running is not None
+    given = [text for text in _as_given(_running[1]) if not text.startswith("resume=")]
+    return list({text.partition("=")[0]: text for text in given}.values())
+
+
+def _as_given(hydra_config: Any) -> list[str]:
+    """The overrides of a job, in which an interpolation stands as it was written: to iterate would compute it."""
+    given: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return given
+
+
+def _write_yaml(path: Path, value: Any) -> None:
+    # before it becomes YAML, where a bare *** is an error
+    text = OmegaConf.to_yaml(OmegaConf.create(redact_values(value)))
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _redact_file(path: Path) -> None:
+    """Put *** for secrets in a YAML file of Hydra's, which lists overrides and settings of a sweep."""
+    with contextlib.suppress(OSError, ValueError):
+        text = path.read_text()
+        if redact(text) != text:
+            _write_yaml(path, yaml.safe_load(text))
 
 
 def config_folder() -> str | None:
@@ -187,14 +221,14 @@ def _record_death(folder: Path, said: str) -> bool:
     if metrics.get("status") in ("completed", DivergedError.status, MemoryExhausted.status):
         return False
     if metrics:  # else it had not begun to train
-        write_json(folder / "metrics.json", metrics | {"status": Stopped.status, "error": said})
+        with only_told(folder / "metrics.json", "it does not say how the job ended"):
+            write_json(folder / "metrics.json", metrics | {"status": Stopped.status, "error": said})
     return True
 
 
 def _record_refusal(folder: Path, said: str) -> None:
     if _running is not None:
-        given = yaml.safe_dump(list(_running[1].overrides.task), sort_keys=False)
-        write_atomically(folder / ".hydra" / "overrides.yaml", lambda file: file.write(given.encode()))
+        _write_yaml(folder / ".hydra" / "overrides.yaml", _as_given(_running[1]))
     write_json(folder / "metrics.json", {"status": "failed", "error": said})
 
 

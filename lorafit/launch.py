@@ -40,8 +40,8 @@ from lorafit.explain import explain
 from lorafit.files import write_json
 from lorafit.jobs import Jobs, Run, RunJob
 from lorafit.recorded import trusted_overrides
-from lorafit.redact import redact_logs
-from lorafit.rescue import unwritable
+from lorafit.redact import redact_logs, redact_tracebacks, redact_values
+from lorafit.rescue import only_told, unwritable
 from lorafit.schema import CONF
 from lorafit.stopping import stopped_by, stopping
 from lorafit.supervisor import IN_PROCESS, ROLL, Roll, handling, serve, supervise
@@ -73,6 +73,7 @@ def start(name: str, run: Run, job: RunJob | None = None, *, folder_key: str | N
 
 def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> None:
     redact_logs()
+    redact_tracebacks()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -114,9 +115,9 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
                 )
             overrides = [text for text in overrides if not text.startswith("hydra.sweep.dir=")]
             overrides.append(f"hydra.sweep.dir={quoted(plan.folder)}")
-            if job is not None:  # which writes down its settings itself
-                overrides = [text for text in overrides if not text.startswith("hydra.output_subdir=")]
-                overrides.append("hydra.output_subdir=null")
+        if not _only_shows(arguments):  # Hydra would write down secrets as they are: jobs.py writes its files
+            jobs.records = "hydra.output_subdir=null" not in overrides
+            overrides = [*overrides, "hydra.output_subdir=null"]
         arguments.overrides = [*first, *overrides]
         if plan is None:
             _run_hydra(arguments, parser, jobs, str(CONF), "train")
@@ -140,7 +141,7 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
             _end(name, f"{asked}{_way_on(name, jobs)}", asked.exit_code)
         if hasattr(error, "__notes__"):  # it comes out of a job: a bug
             raise
-        if isinstance(error, OSError) and (said := unwritable(error)) is not None:  # Hydra makes the run folder
+        if (said := unwritable(error)) is not None:  # Hydra makes the run folder
             _end(name, said, InputError.exit_code)
         _end(name, explain(error, overrides, arguments.config_dir), InputError.exit_code)
 
@@ -163,13 +164,14 @@ def _replay(overrides: list[str], multirun: bool) -> list[str]:
     """`resume=RUN` means RUN's own overrides, then the ones given now, and goes on in RUN's own folder."""
     folder = _resumed(overrides)
     recorded = folder / ".hydra" / "overrides.yaml" if folder is not None else None
-    if multirun or recorded is None or not recorded.is_file():
+    if multirun or recorded is None or not os.path.isfile(recorded):
         return overrides
     try:
         given = yaml.safe_load(recorded.read_text()) if recorded.stat().st_size < _LARGEST else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         given = None
-    given = [text for text in given if str(text)[:7] != "resume="] if isinstance(given, list) else given
+    if isinstance(given, list):  # of anything: the text of a few lines of YAML may have no end
+        given = [text for text in given if not isinstance(text, str) or text[:7] != "resume="]
     before = trusted_overrides(given, recorded, overrides)
     # the run may be one job of a sweep file, which is not to be swept again
     # and what it was started with stays as it is: these overrides may turn out to be wrong
@@ -186,7 +188,7 @@ def require_one_sweep(overrides: list[str]) -> None:
 
 def _resumed(overrides: list[str]) -> Path | None:
     given = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
-    return Path(given).expanduser() if given not in ("", "auto") else None
+    return Path(os.path.expanduser(given)) if given not in ("", "auto") else None
 
 
 def _seek(overrides: list[str], arguments: Any) -> list[str] | None:
@@ -219,7 +221,7 @@ def _seek_sweep(overrides: list[str]) -> list[str]:
     """The same for a sweep, whose jobs that are done are not run again in any case."""
     if any(text.startswith("hydra.sweep.dir=") for text in overrides):
         return overrides
-    given = [text for text in sys.argv[1:] if text != _AUTO]
+    given = redact_values([text for text in sys.argv[1:] if text != _AUTO])
     for path in sorted(Path().glob(f"multirun/*/*/{_COMMANDS}"), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(OSError, ValueError, LookupError):
             if json.loads(path.read_text())[-1] == given:
@@ -236,7 +238,7 @@ def _replay_sweep(arguments: list[str]) -> list[str]:
     to come out of a folder that may be a stranger's.
     """
     folder = _resumed(arguments)
-    if folder is None or not (folder / _COMMANDS).is_file():
+    if folder is None or not os.path.isfile(folder / _COMMANDS):
         return arguments
     try:
         before = json.loads((folder / _COMMANDS).read_text())[-1]
@@ -266,11 +268,13 @@ def _note_command(folder: Path, roll: Roll, at_end: bool = False) -> None:
     if path.is_file() and not accepted:
         return
     if path.is_file():
-        with contextlib.suppress(ValueError):
-            before = json.loads(path.read_text())
-    given = [text for text in sys.argv[1:] if not text.startswith("resume=")]
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(path.read_text())
+            before = found if isinstance(found, list) else []
+    given = redact_values([text for text in sys.argv[1:] if not text.startswith("resume=")])
     if _resumed(sys.argv[1:]) is None and given not in before[-1:]:
-        write_json(path, [*before, given])
+        with only_told(path, "resume=SWEEP does not know this command") if at_end else contextlib.nullcontext():
+            write_json(path, [*before, given])
 
 
 def _on_folder(overrides: list[str], key: str) -> list[str]:
@@ -406,9 +410,11 @@ def _run_jobs(name: str, plan: _Plan, jobs: Jobs, roll: Roll, run_hydra: Callabl
         except Exception as error:
             if not roll.entries():
                 raise
-            # a parallel launcher has lost a worker
-            said = " ".join(str(error).split())[:400] or type(error).__name__
-            _end(name, f"the launcher gave up: {said}\n{_tell(roll)}{_way_on(name, jobs)}", 1)
+            said, code = unwritable(error), InputError.exit_code
+            if said is None:  # a parallel launcher has lost a worker
+                said, code = " ".join(str(error).split())[:400] or type(error).__name__, 1
+                said = f"the launcher gave up: {said}\n{_tell(roll)}"
+            _end(name, f"{said}{_way_on(name, jobs)}", code)
         if jobs.until is None:
             break
         _next_rung(plan, jobs, roll)

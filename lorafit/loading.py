@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lorafit.copies import Entry, entry_of, open_copy, write_copy
 from lorafit.embedded import MODEL as EMBEDDED_MODEL
 from lorafit.errors import InputError, reason
+from lorafit.files import require_own_files
 from lorafit.fingerprint import Fingerprint, fingerprint_of
 from lorafit.quant import (
     BaseReport,
@@ -43,14 +46,38 @@ from lorafit.quant import (
     release_shared,
     to_dtype,
 )
-from lorafit.weights import Ahead, FileWeights, Planned
+from lorafit.weights import INDEX, Ahead, FileWeights, Planned, indexed_files
 
+_MOST_LAYERS = 10_000
+_LARGEST_CONFIG = 32 * 2**20  # bytes; those of real models are a few thousand
 _MAPPED = 2**20  # bytes from which on a tensor that stays in 16 bits is a view of its file
 
 
 def resolve(name: str) -> str:
-    """The hub id or folder behind a model name; "embedded" is the model inside the package."""
-    return str(EMBEDDED_MODEL) if name == "embedded" else str(name)
+    """The hub id or folder behind a model name; "embedded" is the model inside the package.
+
+    Whoever opens a model asks here first: a folder may be a stranger's. Raises InputError for one with something in it
+    that must not be opened: a pipe, a link to elsewhere, settings of an absurd size.
+    """
+    if name == "embedded":
+        return str(EMBEDDED_MODEL)
+    folder = os.path.expanduser(str(name))
+    if os.path.isdir(folder):
+        require_own_files(folder)
+        for path in Path(folder).glob("*config.json"):
+            if path.stat().st_size > _LARGEST_CONFIG:
+                raise InputError(f"{str(path)!r}: {path.stat().st_size:,} bytes are too many for settings")
+        if (Path(folder) / INDEX).is_file():
+            indexed_files(Path(folder))  # transformers would follow it out of the folder
+        config = Path(folder) / "config.json"
+        if config.is_file():
+            _require_layers(config)
+            if (Path(folder) / "adapter_config.json").is_file():  # transformers would put it on, and say nothing
+                raise InputError(
+                    f"model folder {name!r} holds an adapter as well (adapter_config.json): put it into a folder of "
+                    "its own"
+                )
+    return str(name)
 
 
 def load_base_model(
@@ -81,8 +108,8 @@ def load_base_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    with _input_errors(name):
-        config = AutoConfig.from_pretrained(source, **options)
+    with input_errors(name):
+        config = load_config(name, **options)
         if attention not in (None, "auto"):
             options["attn_implementation"] = attention
         prequantized = getattr(config, "quantization_config", None) is not None
@@ -329,6 +356,38 @@ def _reader(model: nn.Module, files: _Files, idle: bool) -> Iterator[Callable[[A
 # ------------------------------------------------------------------------------------------------ what may go wrong
 
 
+def load_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The configuration of a model. Raises InputError where there is none, and where it asks for code to be fetched."""
+    options = {"revision": revision} if revision is not None else {}
+    with input_errors(name):
+        try:
+            config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code, **options)
+        except (OSError, ValueError, KeyError, ImportError):
+            raise
+        except Exception as error:  # whatever transformers meets in a configuration that is none
+            raise InputError(f"model {name!r}: its config.json describes no model: {reason(error)}") from error
+    for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))):
+        kernel = getattr(part, "_attn_implementation", None)
+        if isinstance(kernel, str) and "/" in kernel and not trust_remote_code:
+            raise InputError(
+                f"model {name!r}: its config.json asks for the kernel {kernel!r}, which is code of the hub: where you "
+                "trust it, give model.trust_remote_code=true"
+            )
+    return config
+
+
+def _require_layers(path: Path) -> None:
+    """Raise InputError for a config.json of more layers than there is time to build."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # transformers says it
+        return
+    parts = [found, *found.values()] if isinstance(found, dict) else []
+    for key, value in (item for part in parts if isinstance(part, dict) for item in part.items()):
+        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise InputError(f"{str(path)!r}: {key} is {value:,}, and no model has more than {_MOST_LAYERS:,}")
+
+
 def _require_weights(name: str, source: str) -> None:
     folder = Path(source).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -341,14 +400,31 @@ def _require_weights(name: str, source: str) -> None:
 
 
 @contextlib.contextmanager
-def _input_errors(name: str) -> Iterator[None]:
-    """Turn what transformers says about a model that is not there into one message of ours."""
+def input_errors(name: str) -> Iterator[None]:
+    """Turn what transformers says about a model that is not there, or is none, into one message of ours."""
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, RecursionError) as error:
         folder = Path(resolve(name)).expanduser()
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json: it is no model folder") from error
         raise InputError(f"model {name!r} cannot be loaded: {reason(error)}") from error
+    except (RuntimeError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        # a fault of ours, unless no model can be built by that configuration
+        if isinstance(error, torch.OutOfMemoryError) or (said := _fault_of_config(name)) is None:
+            raise
+        raise InputError(f"model {name!r}: its config.json describes no model: {said}") from error
+
+
+def _fault_of_config(name: str) -> str | None:
+    """Why no model can be built by a folder's configuration; None where one can."""
+    if not Path(resolve(name)).expanduser().is_dir():
+        return None
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(name)))
+    except Exception as error:
+        return reason(error)
+    return None

@@ -94,12 +94,15 @@ def peak_bytes(device: torch.device) -> int:
 
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+_OF_LIBRARIES = "_status_alloc_failed"  # cuBLAS and cuDNN
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out, which it does under several names."""
     said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in _OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in (*_OUT_OF_MEMORY, _OF_LIBRARIES)
+    )
 
 
 def page_again(optimizer: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lorafit.errors import InputError
+from lorafit.redact import MASK
 from lorafit.terminal import say
 
 # a key as lorafit's are spelled: no quotes, no "group@package", no "hydra" at its head
@@ -41,12 +42,19 @@ def trusted_overrides(given: object, folder: Path, again: Collection[str] = ()) 
 
     again: what the command line of now gives, of which nothing is named.
 
-    Raises InputError where `given` is no list of texts, or where model.trust_remote_code is among them: that code of
-    a model is run is never taken from a file, and `again` has to say it.
+    Raises InputError where `given` is no list of texts, where a secret in them was masked (redact.py), or where
+    model.trust_remote_code is among them: that code of a model is run is never taken from a file, and `again` has to
+    say it.
     """
     if not isinstance(given, list) or len(given) > _MOST or not all(isinstance(text, str) for text in given):
         raise InputError(f"resume: what {str(folder)!r} says of its overrides is no list of texts: give them again")
     taken = [text for text in given if is_plain(text)]
+    masked = [text for text in taken if MASK in text]
+    if missing := {_key(text) for text in masked} - {_key(text) for text in again}:
+        raise InputError(
+            f"resume: {str(folder)!r} holds no secrets: {' and '.join(sorted(missing))} was masked: give it again"
+        )
+    given, taken = ([text for text in texts if text not in masked] for texts in (given, taken))
     said = any(text.startswith("model.trust_remote_code=") for text in again)
     if not said and any("trust_remote_code" in text and _is_on(text) for text in given):
         raise InputError(
@@ -57,6 +65,11 @@ def trusted_overrides(given: object, folder: Path, again: Collection[str] = ()) 
     if left := [text for text in given if text not in (*taken, *again) and "trust_remote_code" not in text]:
         say(f"not taken over from {folder}, so give it again where it is to hold: {shlex.join(left)}")
     return taken
+
+
+def _key(text: str) -> str:
+    """The key of an override, however it is given."""
+    return text.partition("=")[0].lstrip("+~")
 
 
 def _is_on(text: str) -> bool:

@@ -8,10 +8,16 @@ Weights & Biases keep in the home, and texts shaped like their keys. Nothing her
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import netrc
 import os
 import re
+import sys
+import threading
+import traceback
+import urllib.parse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,16 +71,44 @@ def redact_logs() -> None:
     logging.setLogRecordFactory(made)
 
 
+def redact_tracebacks() -> None:
+    """Have what Python itself prints redacted: errors that nobody has caught, in any thread, and warnings. A second
+    call does nothing."""
+    if getattr(sys.excepthook, "redacts", False):
+        return
+
+    def uncaught(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
+        sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+    def in_thread(given: threading.ExceptHookArgs) -> None:
+        if given.exc_type is not SystemExit:
+            uncaught(given.exc_type, given.exc_value, given.exc_traceback)
+
+    before = warnings.formatwarning
+    uncaught.redacts = True  # type: ignore[attr-defined]
+    sys.excepthook, threading.excepthook = uncaught, in_thread
+    warnings.formatwarning = lambda *given, **named: redact(before(*given, **named))
+
+
 def _known() -> tuple[str, ...]:
-    """The values that are secret, the longest first, since one may be part of another."""
-    named = tuple(value for name, value in os.environ.items() if _NAMES.search(name) and len(value) >= SHORTEST)
+    """The values that are secret, and how they are spelled in JSON, Python and addresses; the longest first, since one
+    may be part of another."""
+    return _spelled(tuple(os.environb.items()))
+
+
+@functools.lru_cache(maxsize=8)  # by the environment, which few calls see changed
+def _spelled(environment: tuple[tuple[bytes, bytes], ...]) -> tuple[str, ...]:
+    variables = [(os.fsdecode(name), os.fsdecode(value)) for name, value in environment]
+    named = [value for name, value in variables if _NAMES.search(name)]
     home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
     kept = _kept(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"), os.path.expanduser("~/.netrc"))
-    return tuple(sorted({*named, *kept}, key=lambda value: (-len(value), value)))
+    values = [value for value in (*named, *kept) if len(value) >= SHORTEST and not value.isspace()]
+    ways = (str, lambda text: json.dumps(text)[1:-1], lambda text: repr(text)[1:-1], urllib.parse.quote_plus)
+    found = {way(value) for value in values for way in ways}
+    return tuple(sorted(found, key=lambda value: (-len(value), value)))
 
 
-@functools.lru_cache(maxsize=8)
-def _kept(token: str, passwords: str) -> tuple[str, ...]:
+def _kept(token: str, passwords: str) -> list[str]:
     """What the two files hold that logins have left in the home."""
     found: list[str] = []
     try:
@@ -86,4 +120,4 @@ def _kept(token: str, passwords: str) -> tuple[str, ...]:
             found += [entry[2] for host, entry in hosts.items() if "wandb" in host and entry[2]]
     except (OSError, ValueError, netrc.NetrcParseError):
         pass  # whoever needs them says so
-    return tuple(value for value in found if len(value) >= SHORTEST)
+    return found

@@ -27,14 +27,16 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 _UNWRITABLE |= {errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EFBIG, errno.ENODEV, errno.ENXIO}
 
 
-def unwritable(error: OSError, folder: Path | None = None) -> str | None:
+def unwritable(error: BaseException | None, folder: Path | None = None) -> str | None:
     """What to say of a run folder that cannot be made or written; None where that is not what went wrong."""
-    if error.errno not in _UNWRITABLE:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__  # logging makes a ValueError of what the disk says to train.log
+    if error is None or error.errno not in _UNWRITABLE:
         return None
-    where = str(folder or error.filename or "it")
+    where = str(folder or error.filename or "")
     return (
-        f"the run folder cannot be written to: {where} ({error.strerror}). Nothing was trained: put it right, or give "
-        "hydra.run.dir=OTHER (for a sweep hydra.sweep.dir=OTHER)"
+        f"the run folder cannot be written to{where and f': {where}'} ({error.strerror}). Nothing was trained in it: "
+        "put it right, or give hydra.run.dir=OTHER (for a sweep hydra.sweep.dir=OTHER)"
     )
 
 
@@ -85,7 +87,7 @@ def rescued(write: Callable[[Path], object], error: OSError, folder: Path, resum
     lost = f"the run is trained, but {folder} does not take its adapter ({said})"
     way_on = ""
     if resumable:
-        way_on = f" To complete the run, free space and give resume={folder}: it goes on from its last checkpoint"
+        way_on = f" To complete the run, {remedy(error)} and give resume={folder}: it goes on from its last checkpoint"
     try:
         place = Path(tempfile.mkdtemp(prefix=f"lorafit-{folder.name}-"))
         try:
@@ -95,9 +97,14 @@ def rescued(write: Callable[[Path], object], error: OSError, folder: Path, resum
             raise
     except OSError as second:
         also = f"nor does {tempfile.gettempdir()} ({second.strerror or reason(second)}): it is lost."
-        return NotSaved(f"{lost}, {also}{way_on or ' Free space, and run it again'}")
+        return NotSaved(f"{lost}, {also}{way_on or ' Run it again elsewhere'}")
     disk = "" if _on_another_disk(place, folder) else ", on the same disk,"
     return NotSaved(f"{lost}. It is saved{disk} in {place / 'adapter'}.{way_on}")
+
+
+def remedy(error: OSError) -> str:
+    """What a user is to do about it, before the run goes on."""
+    return "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
 
 
 def _on_another_disk(one: Path, other: Path) -> bool:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.config import Config
 from lorafit.errors import InputError
 from lorafit.files import clear_drafts
+from lorafit.redact import redact_values
 from lorafit.schema import training_settings
 from lorafit.sweep import is_busy, read_metrics, recorded_sha256
 
@@ -42,7 +43,7 @@ def identity(config: Config, data: FinetuneDataModule, model: Any) -> dict[str, 
 
     settings, rounding = training_settings(config)
     fingerprint = base_fingerprint(model)
-    return {
+    found = {
         "settings": settings,
         "rounding": rounding,
         # a model that somebody else has quantized has none
@@ -52,6 +53,7 @@ def identity(config: Config, data: FinetuneDataModule, model: Any) -> dict[str, 
         "machine": {"device": next(model.parameters()).device.type, "cpu": platform.machine()}
         | {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
     }
+    return {key: redact_values(value) for key, value in found.items()}
 
 
 def _config_hash(model: Any) -> str:

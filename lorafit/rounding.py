@@ -56,8 +56,8 @@ class Packed:
 def check_kind(kind: Any) -> str:
     """The kind, or InputError that names those there are."""
     if kind not in KINDS:
-        hint = did_you_mean(str(kind), KINDS)
-        raise InputError(f"a tensor is rounded to one of {', '.join(KINDS)}, not {kind!r}.{hint}")
+        hint = did_you_mean(str(kind)[:80], KINDS)
+        raise InputError(f"a tensor is rounded to one of {', '.join(KINDS)}, not {repr(kind)[:80]}.{hint}")
     return str(kind)
 
 
@@ -157,7 +157,7 @@ def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, tuple[str, tu
         return {}
     try:
         found = json.loads(metadata[METADATA])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the file's metadata entry {METADATA} is no JSON: write the file anew") from error
     if not isinstance(found, dict) or found.get("block") != BLOCK or not isinstance(found.get("tensors"), dict):
         raise InputError(f"the file's metadata entry {METADATA} does not speak of blocks of {BLOCK}: write it anew")
@@ -166,9 +166,9 @@ def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, tuple[str, tu
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...]]:
     if not isinstance(entry, dict) or entry.keys() != {"kind", "shape"} or not isinstance(entry["shape"], list):
-        raise InputError(f"{name}: the file's metadata gives {entry!r}, not its kind and shape: write the file anew")
+        raise InputError(f"{name}: the file's metadata gives {repr(entry)[:80]}, not its kind and shape: write it anew")
     if not all(type(size) is int and size >= 0 for size in entry["shape"]):
-        raise InputError(f"{name}: the file's metadata gives the shape {entry['shape']!r}: write the file anew")
+        raise InputError(f"{name}: the file's metadata gives the shape {repr(entry['shape'])[:80]}: write it anew")
     return check_kind(entry["kind"]), tuple(entry["shape"])
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from lorafit.errors import InputError, did_you_mean, nearest
+from lorafit.errors import InputError, did_you_mean, nearest, shortened
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())  # wheel, checkout
@@ -288,7 +288,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted keys: {"quant.type": "nf4"}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 
@@ -412,7 +412,7 @@ def check(config: Config) -> None:
     """Raise one InputError with a line for every value that cannot work, or return."""
     problems = [*_check_values(config), *_check_files(config)]
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError("\n".join(map(shortened, problems)))
 
 
 def _check_values(config: Config) -> Iterable[str]:
@@ -532,7 +532,9 @@ def _check_changes(allowed: list[str], keys: Mapping[str, Any]) -> Iterable[str]
 
 
 def _check_bench(bench: Bench) -> Iterable[str]:
-    if bench.shape not in BENCH_SHAPES and not (Path(bench.shape).expanduser() / "config.json").is_file():
+    if bench.shape not in BENCH_SHAPES and not os.path.isfile(
+        os.path.join(os.path.expanduser(bench.shape), "config.json")
+    ):
         known = ", ".join(BENCH_SHAPES)
         yield (
             f"bench.shape must be one of {known} or a model folder with a config.json, got {bench.shape!r}"
@@ -671,9 +673,9 @@ def _check_files(config: Config) -> Iterable[str]:
             yield f"model.name: {name!r} holds no config.json, so it is no model folder"
     if config.resume is not None:
         run = Path(config.resume)
-        if not run.is_dir():
+        if not os.path.isdir(run):  # a Path's own is_dir raises for a name that is too long
             beside = run.parent
-            hint = near_names(config.resume, map(str, beside.iterdir())) if beside.is_dir() else ""
+            hint = near_names(config.resume, map(str, beside.iterdir())) if os.path.isdir(beside) else ""
             yield f"resume: no folder {config.resume!r}{hint}"
         elif (run / "multirun.yaml").is_file():
             yield f"resume: {config.resume!r} is a sweep: give its command again, with hydra.sweep.dir={config.resume}"

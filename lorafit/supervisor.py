@@ -34,10 +34,14 @@ class Roll:
 
     An entry holds name and folder of the job from its beginning, and at its end either its objective or error and
     exit_code; "died" where its process ended with it: an exit code, or minus a signal, until the job is told of.
+
+    What the disk does not take is kept in this process alone: the sweep goes on, and where the process dies as well,
+    its jobs are looked at again by the next one.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._kept: dict[tuple[int, int], dict[str, Any]] = {}
 
     @classmethod
     def begin(cls, sweep: str | Path) -> Roll:
@@ -56,19 +60,30 @@ class Roll:
 
     def write(self, rung: int, number: int, entry: dict[str, Any]) -> None:
         """Keep an entry; nothing where the command has ended before its job, and nobody will read it."""
-        draft = self.folder / f".{rung}-{number}"
-        with contextlib.suppress(FileNotFoundError):
+        draft, path = self.folder / f".{rung}-{number}", self.folder / f"{rung}-{number}.json"
+        try:
             draft.write_text(json.dumps(entry))
-            draft.replace(self.folder / f"{rung}-{number}.json")
+            draft.replace(path)
+            self._kept.pop((rung, number), None)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._kept[rung, number] = dict(entry)
+            with contextlib.suppress(OSError):  # what it said before would be taken for a job that its process died at
+                path.unlink(missing_ok=True)
+                draft.unlink(missing_ok=True)
 
     def read(self, rung: int, number: int) -> dict[str, Any] | None:
+        if (rung, number) in self._kept:
+            return dict(self._kept[rung, number])
         path = self.folder / f"{rung}-{number}.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
     def entries(self, rung: int | None = None) -> dict[tuple[int, int], dict[str, Any]]:
         """All entries by (rung, number), in their order."""
         places = [path.stem.partition("-") for path in self.folder.glob("[0-9]*.json")]
-        found = sorted((int(at), int(number)) for at, _, number in places if rung in (None, int(at)))
+        known = {(int(at), int(number)) for at, _, number in places} | self._kept.keys()
+        found = sorted(place for place in known if rung in (None, place[0]))
         return {place: entry for place in found if (entry := self.read(*place)) is not None}
 
     def unfinished(self) -> dict[tuple[int, int], dict[str, Any]]:

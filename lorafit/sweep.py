@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from lorafit.datamodule import FinetuneDataModule
 
 LOCK_SECONDS = 10.0  # how long a job waits for a process that is just ending
+_LARGEST = 64 * 2**20  # bytes of a metrics.json; those of large models with all ranks are a few million
+_MOST_PARTS = 5_000_000  # values in it
 IDLE_SHARE = 0.25  # of the memory that is free: so much may bases take that the job at hand does not use
 
 
@@ -65,12 +67,43 @@ def sweep_of(folder: Path) -> Path | None:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of a folder; empty where there is none that can be read."""
-    try:
-        found = json.loads((folder / "metrics.json").read_bytes())
-    except (OSError, ValueError):
+    """metrics.json of a folder; empty where there is none that can be read. It may be a stranger's: what the programs
+    go on from is of its kind there, or left out."""
+    found = _read(folder / "metrics.json", json.loads)
+    if not isinstance(found, dict):
         return {}
-    return found if isinstance(found, dict) else {}
+    rungs = found.get("rungs", {})
+    rungs = rungs if isinstance(rungs, dict) else {}
+    numbers = {key: float(loss) for key, loss in rungs.items() if _is_number(loss)}
+    kinds = {"status": str, "config_sha256": str, "after": dict}
+    kept = {key: value for key, value in found.items() if isinstance(value, kinds.get(key, object))}
+    return kept | ({"rungs": numbers} if "rungs" in kept else {})
+
+
+def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    """What a plain file of a reasonable size says; None where it says nothing."""
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            return None
+        found = parse(path.read_bytes())
+        return found if _is_bounded(found) else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _is_bounded(value: Any) -> bool:
+    """Whether a value has a reasonable number of parts, each counted as often as it is reached: a few lines of YAML
+    that name one another have more of them than there is time for."""
+    seen, waiting = 0, [value]
+    while waiting and seen < _MOST_PARTS:
+        seen += 1
+        part = waiting.pop()
+        waiting.extend(part.values() if isinstance(part, dict) else part if isinstance(part, list) else ())
+    return not waiting
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def recorded_result(config: Config, folder: Path, until: float | None) -> float | None:
@@ -92,7 +125,8 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     if until is not None and str(until) in rungs:
         return rungs[str(until)]
     if status == "completed" and (folder / "adapter" / "adapter_config.json").is_file():
-        return metrics["after"]["loss"] if until is None else math.nan
+        loss = metrics.get("after", {}).get("loss")
+        return float(loss) if until is None and _is_number(loss) else math.nan
     for kind in (DivergedError, MemoryExhausted):
         if status == kind.status:
             raise kind(f"{metrics.get('error')} (recorded earlier; remove {folder} to run it anew)")
@@ -109,10 +143,7 @@ def recorded_sha256(folder: Path) -> str | None:
 
 
 def _recorded_settings(folder: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load((folder / ".hydra" / "resolved.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+    found = _read(folder / ".hydra" / "resolved.yaml", yaml.safe_load)
     return found if isinstance(found, dict) else {}
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
 
 from lorafit.redact import redact
 
@@ -32,8 +35,22 @@ def number(value: Any) -> str:
 
 
 class _Patient(Console):
+    def print(self, *objects: Any, **how: Any) -> None:
+        try:
+            super().print(*objects, **how)
+        except OSError:  # it goes into a file on a full disk
+            _silence(sys.stdout)
+
     def on_broken_pipe(self) -> None:
         _silence(sys.stdout)  # rich would end the program without a word
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Every text comes by here whole, also those of a table's cells: secrets become *** before lines are broken."""
+        if isinstance(renderable, str):
+            renderable = redact(renderable)
+        elif isinstance(renderable, Text) and (clean := redact(renderable.plain)) != renderable.plain:
+            renderable = Text(clean, renderable.style, justify=renderable.justify, overflow=renderable.overflow)
+        return super().render(renderable, options)
 
 
 def console(quiet: bool = False) -> Console:
@@ -43,11 +60,12 @@ def console(quiet: bool = False) -> Console:
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print a line at once, secrets as ***; where nobody reads any more (`| head`), the work goes on."""
+    """Print a line at once, secrets as ***; where nobody reads any more (`| head`), or its disk is full, the work goes
+    on."""
     stream = sys.stderr if error else sys.stdout
     try:
         print(redact(text), file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError:
         _silence(stream)
 
 

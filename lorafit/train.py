@@ -27,8 +27,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lorafit.build import (
     is_main_process,
     load_module,
@@ -39,10 +37,11 @@ from lorafit.build import (
 )
 from lorafit.config import Config, config_sha256, quoted, settings_to_record, to_dict
 from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, NotSaved, Paused, Stopped, reason
-from lorafit.jobs import config_folder, record_settings
+from lorafit.jobs import config_folder, given_overrides, record_settings
 from lorafit.launch import start
 from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
-from lorafit.rescue import before_training, only_told, rescued, tried_twice
+from lorafit.redact import redact_values
+from lorafit.rescue import before_training, only_told, remedy, rescued, tried_twice
 from lorafit.resuming import clear_up, find_checkpoint, identity, require_same
 from lorafit.stopping import stopped_by
 from lorafit.sweep import Beyond, Job, Shared, alone, read_metrics, recorded_result, resumed, sweep_of
@@ -114,8 +113,7 @@ def _recorded(config: Config, folder: Path, shared: Shared, job: Job | None) -> 
     if not is_main_process():
         return fine_tune(config, folder, metrics, shared, job)
     try:
-        with memory_errors(metrics):
-            loss = fine_tune(config, folder, metrics, shared, job)
+        loss = fine_tune(config, folder, metrics, shared, job)
     except (InputError, Beyond):
         raise
     except (LorafitError, Stopped) as error:
@@ -131,8 +129,8 @@ def _recorded(config: Config, folder: Path, shared: Shared, job: Job | None) -> 
         raise
     if (refused := tried_twice(lambda: _write_metrics(folder, metrics), folder, "metrics.json")) is not None:
         raise NotSaved(
-            f"{folder} does not take metrics.json ({refused.strerror}), without which the run looks unfinished. Free "
-            f"space and give resume={folder}, which completes it"
+            f"{folder} does not take metrics.json ({refused.strerror}), without which the run looks unfinished. To "
+            f"complete it, {remedy(refused)} and give resume={folder}"
         )
     return loss
 
@@ -161,6 +159,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
     from lorafit.callbacks.wandb import log_adapter, log_summary
     from lorafit.data.checks import label_table
     from lorafit.evaluation import evaluate_loss
+    from lorafit.exhausted import MEASURING, SAVING, TRAINING, OutOfMemory
     from lorafit.inject import count_parameters, coverage, lora_layers
     from lorafit.machine import return_free_memory
     from lorafit.memory import memory_by_part, reset_peak
@@ -183,7 +182,9 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
     terminal = console(quiet=not is_main_process())
     finite = SkipNonFinite(config.trainer.max_skipped_steps)
     checkpoints = Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every_n_steps, finite=finite)
+    memory_ends = OutOfMemory(config, metrics, checkpoints.last)
     with StopOnSignal(checkpoints) as signals, contextlib.ExitStack() as stack:
+        stack.enter_context(memory_ends.told())
         L.seed_everything(config.seed, verbose=False)
         torch.set_float32_matmul_precision("high")
         quiet_libraries()
@@ -199,6 +200,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         metrics["data"] = data.statistics()
         module = load_module(config, shared.base(config))
         model: Any = module.model
+        memory_ends.model, memory_ends.idle_bytes, memory_ends.doing = model, shared.idle_bytes, MEASURING
         base = base_report(model)
         assert base is not None
         data.check_vocabulary(model.get_input_embeddings().num_embeddings)
@@ -292,7 +294,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         # ---- training
         rows = history_rows(Path(config.resume), resumed_at) if config.resume else []
         logger = stack.enter_context(open_logger(config, folder, sweep=job.sweep if job else None, history=rows))
-        stack.enter_context(memory_errors(metrics))  # the logger is to hear what it was as well
+        stack.enter_context(memory_ends.told())  # the logger is to hear what it was as well
         step_metrics = StepMetrics(config.trainer.log_every_n_steps)
         memory = PagedOptimizerMemory(config.callbacks.memory_every_n_steps, shared.idle_bytes)
         callbacks: list[L.Callback] = [finite, step_metrics, memory]
@@ -319,6 +321,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         )
         return_free_memory()  # what measuring has left is no part of training
         reset_peak(device)
+        memory_ends.trainer, memory_ends.doing = trainer, TRAINING
         try:
             with restoring(found, module):
                 trainer.fit(module, data, ckpt_path=str(found.path) if found is not None else None)
@@ -332,6 +335,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             assert job is not None and stop is not None
             signals.check()
             loss = evaluate_loss(model, data.eval_batches())["loss"]
+            if not math.isfinite(loss):  # its steps may be skipped ones
+                raise DivergedError(f"the held-out loss after {stop} steps is not finite. Lower optimizer.lr") from None
             metrics["status"] = Stopped.status
             metrics["error"] = f"halving: looked at after {stop} of {steps} steps"
             metrics["rungs"] = job.rungs | {str(job.until): loss}
@@ -347,16 +352,22 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             metrics["data"] |= {key: value for key, value in data.statistics().items() if data.streaming}
         if data.streaming:
             terminal.print(stream_sentence(metrics["data"]))
-        require_finite(module)
         if not is_main_process():
+            require_finite(module)
             return float("nan")
 
         # ---- what did happen
+        memory_ends.doing = MEASURING
         terminal.print("measuring the adapter on held-out data …")
-        after, answers_after = measure(config, data, model)
-        metrics["after"] = after
-        if not math.isfinite(after["loss"]):  # finite weights may still overflow
-            raise DivergedError("the held-out loss after training is not finite. Lower optimizer.lr")
+        try:
+            require_finite(module)
+            after, answers_after = measure(config, data, model)
+            metrics["after"] = after
+            if not math.isfinite(after["loss"]):  # finite weights may still overflow
+                raise DivergedError("the held-out loss after training is not finite. Lower optimizer.lr.")
+        except DivergedError as error:  # what the last step has made is no good place to go on from
+            kept = checkpoints.keep_good(trainer.global_step + 1)
+            raise DivergedError(f"{error}{last_good(kept, folder)}") from error
         checkpoints.keep_best(after["loss"])
         metrics["ranks"] = effective_ranks(model)
         if config.ladder:
@@ -390,6 +401,7 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             _write_metrics(place, metrics)
             write_samples(place / "samples.jsonl", samples)
 
+        memory_ends.doing = SAVING
         if checkpoints.failed is not None:
             log.warning(f"the last checkpoint is not written: {checkpoints.failed}")
         if (refused := tried_twice(lambda: save(folder), folder, "the adapter")) is not None:
@@ -427,12 +439,11 @@ def require_steps(config: Config, steps: int, folder: Path, resumed_at: int) -> 
 
 def job_command(folder: Path, resume: str | None) -> list[str]:
     """What the other processes of a job on several devices run: the job alone, in its own folder."""
-    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()) or []
     given = [f"resume={quoted(resume)}"] if resume else []
     where = [f"hydra.run.dir={quoted(str(folder))}", "hydra.mode=RUN", "hydra.output_subdir=null"]
     own = config_folder()
     flags = ["--config-dir", own] if own else []
-    return [sys.executable, "-m", "lorafit.train", *flags, *overrides, *given, *where]
+    return [sys.executable, "-m", "lorafit.train", *flags, *given_overrides(), *given, *where]
 
 
 def tokens_of(data: Any, batches: int) -> int:
@@ -460,11 +471,12 @@ def restoring(found: Found | None, module: FinetuneModule) -> Iterator[None]:
     """Raise InputError in place of what goes wrong while the contents of a checkpoint are taken over: it is whole, but
     another version or a stranger has written it. What goes wrong later is no fault of it."""
     from lorafit.checkpoint import Unfit
+    from lorafit.memory import is_out_of_memory
 
     try:
         yield
     except Exception as error:
-        unfit = isinstance(error, Unfit) or not (isinstance(error, LorafitError) or as_memory_error(error, {}))
+        unfit = isinstance(error, Unfit) or not (isinstance(error, LorafitError) or is_out_of_memory(error))
         if found is None or module.began or not unfit:
             raise
         said = reason(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {reason(error)}"
@@ -477,7 +489,7 @@ def require_finite(module: FinetuneModule) -> None:
 
     bad = [name for name, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise DivergedError(f"the adapter is not finite after training: {', '.join(bad[:3])}")
+        raise DivergedError(f"the adapter is not finite after training: {', '.join(bad[:3])}.")
 
 
 # ------------------------------------------------------------------------------------------------ recording
@@ -554,7 +566,7 @@ def memory_metrics(memory: Any) -> dict[str, int | None]:
 def write_samples(path: Path, samples: list[dict[str, str]]) -> None:
     from lorafit.files import write_atomically
 
-    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    text = "".join(json.dumps(redact_values(sample), ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(path, lambda file: file.write(text.encode()) and None)
 
 
@@ -567,48 +579,21 @@ def log_results(logger: Any, metrics: dict[str, Any], samples: list[dict[str, st
     numbers |= {f"retention/{key}": value for key, value in metrics["retention"].items()}
     logger.log_metrics(numbers, step=step)
     if hasattr(logger, "log_table") and samples:
-        logger.log_table("samples", columns=list(samples[0]), data=[list(sample.values()) for sample in samples])
+        rows = redact_values([list(sample.values()) for sample in samples])
+        logger.log_table("samples", columns=list(samples[0]), data=rows)
 
 
 def log_labels(logger: Any, rows: list[dict[str, Any]]) -> None:
     """What of some examples is trained, as a table where the logger has tables."""
     if hasattr(logger, "log_table") and rows:
-        logger.log_table("labels", columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        data = redact_values([list(row.values()) for row in rows])
+        logger.log_table("labels", columns=list(rows[0]), data=data)
 
 
 def device_name(device: Any) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-@contextlib.contextmanager
-def memory_errors(metrics: dict[str, Any]) -> Iterator[None]:
-    """Raise MemoryExhausted in place of what a library says when memory has run out."""
-    try:
-        yield
-    except LorafitError:
-        raise
-    except Exception as error:
-        if (exhausted := as_memory_error(error, metrics)) is None:
-            raise
-        raise exhausted from error
-
-
-def as_memory_error(error: Exception, metrics: dict[str, Any]) -> MemoryExhausted | None:
-    """Out of memory comes under several names; None for any other error."""
-    import torch
-
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(word in str(error) for word in words):
-        return None
-    parts = {key: value for key, value in metrics.get("memory", {}).items() if value}
-    held = f" Known parts in bytes: {parts}." if parts else ""
-    return MemoryExhausted(
-        f"out of memory ({reason(error)}).{held} "
-        "These lower it: data.batch_size (with trainer.accumulate_grad_batches raised alike), data.max_length, "
-        "model.checkpointing=selective or full, quant=nf4"
-    )
 
 
 if __name__ == "__main__":

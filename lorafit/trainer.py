@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lorafit.checkpoint import load_checkpoint, save_checkpoint
 from lorafit.errors import reason
 
 log = logging.getLogger(__name__)
+_told: weakref.WeakSet[Any] = weakref.WeakSet()  # the loggers of whose failing a warning was given
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -175,11 +177,13 @@ def log_to_all(trainer: L.Trainer, numbers: Mapping[str, float]) -> None:
 
 @contextlib.contextmanager
 def still_logging(logger: Any) -> Iterator[list[bool]]:
-    """A warning in place of any error of a logger: its service may have died, its disk may be full."""
+    """A warning in place of the first error of a logger: its service may have died, its disk may be full."""
     try:
         yield []
     except Exception as error:
-        log.warning(f"{type(logger).__name__} fails ({reason(error)}): the run goes on without it")
+        if logger not in _told:
+            log.warning(f"{type(logger).__name__} fails ({reason(error)}): the run goes on without it")
+        _told.add(logger)
 
 
 def quiet_libraries() -> None:

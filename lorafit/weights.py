@@ -26,7 +26,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lorafit.errors import InputError
+from lorafit.errors import InputError, reason
+from lorafit.files import require_regular
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -47,6 +48,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # bytes: what safetensors itself reads
+_MOST_SIZES = 64  # of one tensor: what torch counts and compares
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def indexed_files(folder: Path) -> list[str]:
     try:
         names = list(dict.fromkeys(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{str(folder / INDEX)!r} is no index of a model's files: {error!r}") from error
+        raise InputError(f"{str(folder / INDEX)!r} is no index of a model's files: {reason(error)[:200]}") from error
     for name in names:
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise InputError(f"{str(folder / INDEX)!r} names {name!r}, which is no file of its folder")
@@ -159,25 +162,34 @@ def indexed_files(folder: Path) -> list[str]:
 
 def read_header(path: Path) -> tuple[dict[str, Planned], dict[str, str]]:
     """(the tensors of a safetensors file in their order, its metadata)."""
+    require_regular(path)
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
             size = os.fstat(file.fileno()).st_size
-        metadata = header.pop("__metadata__", {})
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, _LONGEST_HEADER):  # before as much memory is asked for
+                raise ValueError(f"it claims a header of {length} bytes, and has {size} in all")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not texts")
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         tensors = {name: _in_file(path, 8 + length, entry) for name, entry in entries}
         end = 8 + length + max((entry["data_offsets"][1] for _, entry in entries), default=0)
         if size < end:
             raise ValueError(f"it is cut: {size} bytes are there of {end}")
         return tensors, metadata
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise InputError(f"{str(path)!r} is no safetensors file that can be read: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        said = f"{type(error).__name__}: {reason(error)[:200]}"  # the text of some holds the whole header
+        raise InputError(f"{str(path)!r} is no safetensors file that can be read: {said}") from error
 
 
 def _in_file(path: Path, start: int, entry: Mapping[str, Any]) -> Planned:
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     first, last = entry["data_offsets"]
+    numbers = (first, last, *shape)
+    if len(shape) > _MOST_SIZES or not all(type(number) is int and abs(number) < 2**48 for number in numbers):
+        raise ValueError(f"{str(shape)[:80]} from {str(first)[:80]} to {str(last)[:80]} is no place of a tensor")
     if last - first != math.prod(shape) * dtype.itemsize or min(first, *shape, 0) < 0:
         raise ValueError(f"bytes {first} to {last} are not those of a {list(shape)} in {entry['dtype']}")
 

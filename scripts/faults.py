@@ -2,7 +2,8 @@
 
     python scripts/faults.py                     everything, about a quarter of an hour on two cores
     python scripts/faults.py kills --kills 200   SIGKILL at random moments, and while a checkpoint is being written
-    python scripts/faults.py faults              numbers that are not finite, memory, disk, damaged checkpoints, signals
+    python scripts/faults.py faults              numbers that are not finite, memory, disk, damaged checkpoints
+    python scripts/faults.py signals             each signal at each phase of a run, which then goes on
     python scripts/faults.py hostile             generated bad configurations, adapters and checkpoints
     python scripts/faults.py alarms              a planted fault for each alarm, and healthy runs
 
@@ -21,9 +22,11 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +40,7 @@ from lorafit.terminal import say
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import planted  # noqa: E402
-from faulty import Child, forked  # noqa: E402
+from faulty import Child, forked, without_roots_rights  # noqa: E402
 
 SMALL = (
     *("task.generate_examples=1", "task.samples=0", "task.eval_examples=8", "task.retention_path=general.txt"),
@@ -185,9 +188,10 @@ def kills(home: Path, count: int, seed: int) -> list[dict[str, Any]]:
         row["exit_code"] = code
         row["differs"] = differing(folder / "calm", folder / "killed") if code == 0 else [said[-500:]]
         rows.append(row)
-        good = not row["differs"] and not row["unreadable"]
-        say(f"{'ok ' if good else 'NOT'} {case}: killed after {', '.join(row['kills'])}")
-        if good:
+        row |= {"fault": f"{case}: killed after {', '.join(row['kills'])}"}
+        row["problems"] = [*row["differs"], *row["unreadable"]]
+        tell(row)
+        if not row["problems"]:
             shutil.rmtree(folder)
     return rows
 
@@ -214,6 +218,8 @@ class Fault:
     files: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     then: Callable[[Path], list[str]] | None = None  # what else has to be true of the folder of the run
+    first: Callable[[Path], object] | None = None  # called with the folder before the run
+    after: Callable[[Path], object] | None = None  # and after it
 
 
 def good_checkpoint(most: int) -> Callable[[Path], list[str]]:
@@ -365,11 +371,158 @@ ALARMS = [
             ("quant=nf4", "model.checkpointing=selective"),
             ("quant=int8", "model.checkpointing=full"),
             ("data.packing=true", "data.max_length=96", "lora/adapter_dtype=nf4"),
-            ("bias=all", "model.dtype=float32"),
+            ("target_modules=[q_proj,embed_tokens]", "optimizer=adamw_8bit"),
             ("modules_to_save=[lm_head]", "target_modules=[q_proj]", "model.fused=off"),
         )
     ),
 ]
+
+
+def stop_a_run(folder: Path) -> None:
+    """The run `run` of the folder, stopped after six steps, and the undisturbed one, `calm`."""
+    for name, plant in (("calm", None), ("run", partial(planted.signalled, 6, signal.SIGTERM))):
+        code, said = run(folder, *RUN, f"hydra.run.dir={name}", before=plant)
+        if code != (0 if plant is None else 143):
+            raise RuntimeError(said)
+
+
+def damage(*names: str, cut: bool = False) -> Callable[[Path], None]:
+    """Stop a run and damage its checkpoints: cut in half, or one bit of each flipped."""
+
+    def first(folder: Path) -> None:
+        stop_a_run(folder)
+        for name in names:
+            path = folder / "run" / "checkpoints" / f"{name}.ckpt"
+            content = bytearray(path.read_bytes())
+            if cut:
+                del content[len(content) // 2 :]
+            else:
+                content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+    return first
+
+
+def as_calm(folder: Path) -> list[str]:
+    """The run ended as the undisturbed one."""
+    return differing(folder.parent / "calm", folder)
+
+
+def mount(size: str) -> Callable[[Path], None]:
+    """The run folder is a small disk of its own."""
+
+    def first(folder: Path) -> None:
+        (folder / "run").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder / "run"], check=True)
+
+    return first
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", folder / "run"], check=True)
+
+
+def allow(folder: Path) -> None:
+    for path in (folder, folder / "run", folder / "run" / "checkpoints"):
+        if path.exists():
+            path.chmod(0o755)
+
+
+RESUME = ("resume=run",)
+FILES = [
+    Fault("a bit of last.ckpt flips", None, 0, ("previous.ckpt",), "completed", KEPT, RESUME, as_calm, damage("last")),
+    Fault("last.ckpt is cut off", None, 0, ("previous.ckpt",), "completed", KEPT, RESUME, as_calm, damage("last", cut=True)),  # noqa: E501
+    Fault(
+        "last and previous are damaged", None, 0, ("best.ckpt",), "completed", KEPT, RESUME, as_calm,
+        damage("last", "previous"),
+    ),
+    Fault(
+        "all checkpoints are damaged", None, 2, ("remove it to begin anew",), "interrupted", LOST, RESUME,
+        first=damage("last", "previous", "best"),
+    ),
+    Fault(
+        "a disk of 400 KB that is full at once", None, 5, ("No space left", "It is saved"), None, LOST,
+        first=mount("400k"), after=unmount,
+    ),
+    Fault(
+        "a disk of 900 KB that checkpoints fill", None, 0, ("No space left",), "completed",
+        ("adapter/adapter_config.json",), ("rank=12",), first=mount("900k"), after=unmount,
+    ),
+    Fault(
+        "a run folder that becomes read-only", partial(planted.unwritable, 5), 5, ("Permission denied", "It is saved"),
+        None, LOST, after=allow,
+    ),
+    Fault(
+        "a place that is read-only from the start", without_roots_rights, 2, ("cannot be written",), None, LOST,
+        ("hydra.run.dir=closed/run",), first=lambda folder: (folder / "closed").mkdir(0o555),
+    ),
+]  # fmt: skip
+
+
+def signals(home: Path) -> list[dict[str, Any]]:
+    """Each signal at each phase: its exit code, and a run that goes on to the end of the undisturbed one."""
+    from test_signals import CODES, PHASES
+
+    prepare(home)
+    command = (*SMALL, *DATA, "rank=2", "dropout=0.1", "trainer.max_steps=8", "trainer.accumulate_grad_batches=2")
+    code, said = run(home, *command, "hydra.run.dir=calm")
+    if code:
+        raise RuntimeError(said)
+    rows = []
+    for number, (phase, (before, _)) in enumerate(PHASES.items()):
+        for signum, promised in CODES.items():
+            folder, problems = home / f"run{number}-{signum}", []
+            try:
+                child = start(home, *command, f"hydra.run.dir={folder.name}", before=before)
+                child.until("here")
+                os.kill(child.pid, signum)
+                child.go()
+                code, out, err = child.wait(TIME_LIMIT)
+                problems = [] if code == promised else [f"exit code {code}, promised {promised}"]
+                problems += ["a traceback"] if "Traceback" in out + err else []
+                again, said = run(home, *command, f"hydra.run.dir={folder.name}", "resume=auto")
+                problems += [f"resumed: {again} {said[-300:]}"] if again else differing(home / "calm", folder)
+            except TimeoutError as error:
+                problems.append(f"it hangs: {error}")
+            rows.append({"fault": f"{signal.Signals(signum).name} {phase}", "exit_code": code, "problems": problems})
+            tell(rows[-1])
+    return rows
+
+
+def hostile(home: Path, count: int) -> list[dict[str, Any]]:
+    """Generated bad configurations, adapters and checkpoints; how many of each, and how they ended."""
+    from hostile import AdapterLab, bad_adapters, bad_configs, try_config
+    from hostile_checkpoints import CheckpointLab, bad_checkpoints
+
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "adapters").mkdir()
+    (home / "checkpoints").mkdir()
+    adapters, checkpoints = AdapterLab(home / "adapters"), CheckpointLab(home / "checkpoints")
+    rows = []
+    with contextlib.chdir(home):
+        for kind, cases, attempt in (
+            ("configurations", bad_configs(seed=1, count=count), try_config),
+            ("adapters", bad_adapters(seed=1, count=count), adapters.try_adapter),
+            ("checkpoints", bad_checkpoints(seed=1, count=count), checkpoints.try_checkpoint),
+        ):
+            outcomes: Counter[str] = Counter()
+            problems = []
+            for case in cases:
+                try:
+                    outcomes[attempt(case)] += 1  # type: ignore[operator]
+                except Exception as error:
+                    problems.append(f"{case}: {type(error).__name__}: {error}"[:300])
+            rows.append(
+                {"fault": f"{outcomes.total()} bad {kind}: {dict(outcomes)}", "exit_code": "", "problems": problems}
+            )
+            tell(rows[-1])
+    return rows
+
+
+def tell(row: dict[str, Any]) -> None:
+    """A line of the table."""
+    ended = "; ".join(row["problems"]) or "as promised"
+    say(f"{'ok ' if not row['problems'] else 'NOT'} {row['fault']:62} {row['exit_code']!s:>4}  {ended}")
 
 
 def judge(fault: Fault, folder: Path, code: int, said: str) -> list[str]:
@@ -388,45 +541,61 @@ def judge(fault: Fault, folder: Path, code: int, said: str) -> list[str]:
             found.append(f"{name.lstrip('!')} {'is there' if name.startswith('!') else 'is missing'}")
     if fault.then is not None and not found:
         found += fault.then(run_folder)
-    return found + unreadable(run_folder)
+    return found if fault.code == 2 else found + unreadable(run_folder)
 
 
 def try_fault(fault: Fault, folder: Path) -> dict[str, Any]:
     """Run with the fault; a row of the table."""
     prepare(folder)
+    if fault.first is not None:
+        fault.first(folder)
     began = time.monotonic()
     try:
-        code, said = run(folder, *RUN, *fault.settings, before=fault.plant)
+        command = fault.settings if fault.settings == RESUME else (*RUN, *fault.settings)
+        code, said = run(folder, *command, before=fault.plant)
         problems = judge(fault, folder, code, said)
     except TimeoutError as error:
         code, said, problems = -1, str(error), ["it hangs"]
+    finally:
+        if fault.after is not None:
+            fault.after(folder)
     if problems:
         (folder / "said.txt").write_text(said)
     return {"fault": fault.name, "exit_code": code, "seconds": round(time.monotonic() - began, 1), "problems": problems}
 
 
-def disk_faults() -> list[Fault]:
-    """Those of the disk: real file systems that are full or cannot be written."""
-    return [
-        Fault("a flipped bit in last.ckpt", None, 0, ("checksums", "previous.ckpt"), "completed", KEPT, ("resume=run",)),
-        Fault("last.ckpt cut off", None, 0, ("cut off or damaged",), "completed", KEPT, ("resume=run",)),
-        Fault("no checkpoint can be read", None, 2, ("cannot be read as a checkpoint",), None, (), ("resume=run",)),
-    ]
-
-
 def main() -> None:
+    parts = ("kills", "faults", "signals", "alarms", "hostile")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["kills"])
+    parser.add_argument("parts", nargs="*", default=parts, help=f"of {', '.join(parts)}; default: all")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--hostile", type=int, default=500, help="bad files of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--folder", type=Path, help="where the runs go; default: a new temporary folder")
     arguments = parser.parse_args()
-    home = arguments.folder or Path(tempfile.mkdtemp(prefix="faults-"))
-    if "kills" in arguments.parts:
-        kills(home, arguments.kills, arguments.seed)
-    if "faults" in arguments.parts:
-        for number, fault in enumerate([*FAULTS, *ALARMS][int(os.environ.get("FROM","0")):int(os.environ.get("TO","99"))]):
-            print(try_fault(fault, home / f"fault{number}"), flush=True)
+    home = (arguments.folder or Path(tempfile.mkdtemp(prefix="faults-"))).resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part in arguments.parts:
+        say(f"\n{part}")
+        if part == "kills":
+            found[part] = kills(home, arguments.kills, arguments.seed)
+            say(f"{sum(len(row['kills']) for row in found[part])} kills of {len(found[part])} runs")
+        elif part == "signals":
+            found[part] = signals(home / "signals")
+        elif part == "hostile":
+            found[part] = hostile(home / "hostile", arguments.hostile)
+        else:
+            found[part] = []
+            for number, fault in enumerate([*FAULTS, *FILES] if part == "faults" else ALARMS):
+                found[part].append(try_fault(fault, home / f"{part}{number}"))
+                tell(found[part][-1])
+    bad = [row["fault"] for rows in found.values() for row in rows if row["problems"]]
+    total = sum(map(len, found.values()))
+    machine = {"cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0]}
+    (home / "faults.json").write_text(json.dumps({"machine": machine, "bad": bad} | found, indent=2) + "\n")
+    say(f"\n{total - len(bad)} of {total} rows as promised ({home / 'faults.json'})")
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

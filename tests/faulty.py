@@ -220,9 +220,9 @@ def _fail_at(place: str, number: int, matching: str, times: int) -> None:
     @functools.wraps(inner)
     def failing(*args: Any, **kwargs: Any) -> Any:
         nonlocal left
-        if left and matching in str(args[0]):
+        if left and matching in str(args[:1]):
             left -= 1
-            raise OSError(number, os.strerror(number), str(args[0]))
+            raise OSError(number, os.strerror(number), *map(str, args[:1]))
         return inner(*args, **kwargs)
 
     setattr(owner, name, failing)
@@ -289,7 +289,7 @@ def _serve(address: str) -> None:
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
         if 0 in ready:
-            os._exit(0)
+            return
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
@@ -364,6 +364,7 @@ def _child(request: dict[str, Any], connection: socket.socket) -> None:
     sys.modules["faulty"] = sys.modules["__main__"]
     _told = connection
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the temporary folders of the server are not its own
+    atexit.unregister(importlib.import_module("wandb.sdk.data_types._private").MEDIA_TMP.cleanup)
     code: int = 1
     try:
         hook = pickle.loads(request["before"])

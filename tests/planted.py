@@ -81,6 +81,25 @@ def out_of_memory(rows: int) -> None:
     lorafit.module.supervised_loss = loss  # type: ignore[assignment]
 
 
+def signalled(at: int, signum: int) -> None:
+    """A signal comes in micro-batch number `at`."""
+    _in_step(at, lambda module: os.kill(os.getpid(), signum))
+
+
+def unwritable(at: int) -> None:
+    """From micro-batch number `at` on, nothing can be written to the run folder."""
+    from faulty import without_roots_rights
+
+    without_roots_rights()
+
+    def act(module: Any) -> None:
+        for folder in ("run/checkpoints", "run"):
+            os.chmod(folder, 0o555)
+        os.chmod("run/metrics.json", 0o444)
+
+    _in_step(at, act)
+
+
 def killed_worker() -> None:
     """The kernel kills a process that reads data."""
     import lorafit.data.loader

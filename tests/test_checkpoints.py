@@ -55,6 +55,16 @@ def test_no_checkpoint_is_written_after_a_step_that_was_skipped(tmp_path: Path) 
     assert step_of(checkpoints.last) == 1 and not checkpoints.previous.exists()
 
 
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path) -> None:
+    def overflow(trainer: Any, made: Any) -> None:
+        if trainer.global_step == 3:
+            made.trainable_parameters()[0].data[0, 0] = float("inf")
+
+    checkpoints = Checkpoints(tmp_path, every_n_steps=1)
+    fit(module(), tmp_path, Each(overflow), checkpoints, max_steps=3)
+    assert step_of(checkpoints.last) == 2
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_fails_costs_checkpoints_and_not_the_run(
     number: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -29,7 +29,7 @@ FLOORS = {
     5: ("callbacks",),
     6: (
         *("train", "build", "measuring", "config", "launch", "explain", "schema", "tables", "audit_page", "__main__"),
-        *("jobs", "sweep", "supervisor", "resuming", "recorded", "rescue", "reporting"),
+        *("jobs", "sweep", "supervisor", "resuming", "recorded", "rescue", "exhausted", "reporting"),
         *("merge", "evaluate", "generate", "plan", "audit", "ranks", "report", "bench", "bench_table", "peers"),
     ),
 }

@@ -1088,10 +1088,15 @@ def test_a_checkpoint_of_unknown_settings_is_not_gone_on_with(finished: Path, wh
     assert_same(whole / "rank=2", "all/rank=2")
 
 
-def test_a_damaged_checkpoint_is_one_message_with_a_way_out(finished: Path) -> None:
+def test_damaged_checkpoints_are_one_message_with_a_way_out(finished: Path) -> None:
     path = finished / "rank=2" / "metrics.json"
     write_json(path, metrics_of("all/rank=2") | {"status": "interrupted"})
     (finished / "rank=2" / "checkpoints" / "last.ckpt").write_bytes(b"xx")
+    code, _, err = program(*SWEEP)
+    assert code == 0 and "it goes on from the checkpoint before" in err
+    write_json(path, metrics_of("all/rank=2") | {"status": "interrupted"})
+    for checkpoint in (finished / "rank=2" / "checkpoints").glob("*.ckpt"):
+        checkpoint.write_bytes(b"xx")
     code, _, err = program(*SWEEP)
     assert code == 2 and "Traceback" not in err and "last.ckpt cannot be read as a checkpoint" in err
 

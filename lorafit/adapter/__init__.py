@@ -12,6 +12,7 @@ appears whole or not at all.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,6 +53,7 @@ from lorafit.inject import (
 )
 from lorafit.lora import LoRAEmbedding, RoundedFactor
 from lorafit.quant import base_report, features, is_quantized
+from lorafit.redact import redact
 from lorafit.rounding import KINDS, bytes_of, round_to
 
 __all__ = [
@@ -125,7 +127,7 @@ def save_adapter(
             "weights": {"file": file_name, "bytes": len(content), "sha256": sha256_of(draft / file_name)},
         }
         write_json(draft / PROVENANCE, record)
-        card = model_card(config, record).encode()
+        card = redact(model_card(config, record)).encode()
         write_atomically(draft / CARD, lambda file: file.write(card))
         draft.chmod(0o755)  # mkdtemp makes what only its owner may open
         replace_folder(draft, folder)
@@ -145,8 +147,8 @@ def _require_finite(state: Mapping[str, Tensor], dtype: str) -> None:
         if not torch.isfinite(stored).all():
             also = "" if stored is tensor else f" as {dtype}"
             raise DivergedError(
-                f"the adapter holds a number that is not finite{also}, in {name.removeprefix(PREFIX)}: it is not saved. "
-                "Lower optimizer.lr"
+                f"the adapter holds a number that is not finite{also}, in {name.removeprefix(PREFIX)}: it is not "
+                "saved. Lower optimizer.lr"
             )
 
 
@@ -195,14 +197,14 @@ def read_config(folder: str | Path) -> AdapterConfig:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """What lorafit.json says; nothing where the adapter comes from elsewhere."""
     folder = Path(folder)
-    if not (folder / PROVENANCE).is_file():
+    if not os.path.lexists(folder / PROVENANCE):
         return {}
     record = read_json(folder, PROVENANCE)
     settings = record.get("settings") if isinstance(record, dict) else None
-    parts = settings.values() if isinstance(settings, dict) else ()
+    parts = settings.items() if isinstance(settings, dict) else ()
     if not isinstance(record, dict) or not isinstance(settings, dict | None):
         raise InputError(f"{folder / PROVENANCE} holds no record of an adapter")
-    if not all(part is None or isinstance(part, dict | int) for part in parts):
+    if not all(part is None or isinstance(part, int if key == "seed" else dict) for key, part in parts):
         raise InputError(f"{folder / PROVENANCE}: its settings are not sections of keys and values")
     return record
 

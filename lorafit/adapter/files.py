@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ CONFIG, WEIGHTS, PROVENANCE, CARD = "adapter_config.json", "adapter_model.safete
 ROUNDED = {"int8": "adapter_model.int8.safetensors", "nf4": "adapter_model.nf4.safetensors"}
 WEIGHT_FILES = (WEIGHTS, *ROUNDED.values())
 _LARGEST_JSON = 32 * 2**20  # bytes; a list of layers and some numbers take far less
+_LONGEST_NAME = 1000  # letters of a tensor's
 
 
 def find_adapter(name: str) -> Path:
@@ -46,10 +48,10 @@ def find_adapter(name: str) -> Path:
     Raises InputError where there is none, naming the nearest.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # a Path's own is_dir raises for a name that is too long
         _require_adapter(folder)
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise InputError(f"adapter {name!r} is a file: give the folder that holds it")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"adapter: no folder {name!r}.{near_path(name)}")
@@ -78,7 +80,7 @@ def inside(folder: Path, name: str) -> Path:
 
     The cache of the hub keeps its files beside its snapshots, as links into `blobs`: those stay in their repository.
     """
-    path, target = folder / name, (folder / name).resolve()
+    path, target = folder / name, Path(os.path.realpath(folder / name))  # which, unlike resolve, takes a loop of links
     homes = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         homes.append(folder.resolve().parent.parent / "blobs")
@@ -129,25 +131,25 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         if metadata and METADATA not in metadata and metadata.get("format") != "pt":
-            raise InputError(f"{path}: the format of its tensors is {metadata.get('format')!r}, not 'pt'")
+            raise InputError(f"{path}: the format of its tensors is {str(metadata.get('format'))[:80]!r}, not 'pt'")
         tensors = safetensors.torch.load_file(path)
-        if odd := [name for name in tensors if not name.isprintable()]:
+        if odd := [name for name in tensors if not name.isprintable() or len(name) > _LONGEST_NAME]:
             raise InputError(f"{path}: {odd[0][:80]!r} is no name of a tensor")
         stored = from_metadata(metadata)
         values = {name: dequantize(from_tensors(name, tensors, kind, shape)) for name, (kind, shape) in stored.items()}
         parts = {key for name in stored for key in (name, name + SCALES)}
         values |= {name: tensor for name, tensor in tensors.items() if name not in parts}
+        wrong = [name for name, tensor in values.items() if not tensor.is_floating_point()]
+        if wrong:
+            raise InputError(f"{path}: {wrong[0]} holds {values[wrong[0]].dtype}, no floating-point numbers")
+        wrong = [name for name, tensor in values.items() if not bool(torch.isfinite(tensor.float()).all())]
+        if wrong:
+            raise InputError(f"{path}: {', '.join(wrong[:3])} holds values that are not finite")
+        return values
     except InputError:
         raise
     except Exception as error:  # a damaged header comes as an error of any kind
         raise InputError(f"{path} cannot be read as safetensors: {reason(error)[:200]}") from error
-    wrong = [name for name, tensor in values.items() if not tensor.is_floating_point()]
-    if wrong:
-        raise InputError(f"{path}: {wrong[0]} holds {values[wrong[0]].dtype}, no floating-point numbers")
-    wrong = [name for name, tensor in values.items() if not bool(torch.isfinite(tensor.float()).all())]
-    if wrong:
-        raise InputError(f"{path}: {', '.join(wrong[:3])} holds values that are not finite")
-    return values
 
 
 def sha256_of(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 Only written where an optimizer step has just been taken: in the middle of an accumulation there are gradients that no
 checkpoint holds, and a resumed run would lose them. Nor after a step that was skipped, since its loss or gradient was
-not finite: the weights that gave it are no good place to go on from.
+not finite: the weights that gave it are no good place to go on from, and even less are weights that are not finite.
 
 previous.ckpt is the one before the last. A checkpoint that the disk does not take costs the run nothing but that
 checkpoint: it is told, and the next one is tried.
@@ -85,6 +85,9 @@ class Checkpoints(L.Callback):
     def _save(self, trainer: L.Trainer) -> bool:
         """Write last.ckpt; whether it was written."""
         if self.finite is not None and self.finite.skipped_in_a_row:
+            return False
+        if not _is_finite(trainer.lightning_module):
+            log.warning(f"there is no checkpoint of step {trainer.global_step}: the adapter is not finite any more")
             return False
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, AtomicCheckpointIO)
@@ -209,3 +212,10 @@ class Checkpoints(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_loss, self._validated_step = state_dict["best_loss"], state_dict["validated_step"]
+
+
+def _is_finite(pl_module: L.LightningModule) -> bool:
+    """Whether all that is trained is finite, in one transfer from the device."""
+    assert isinstance(pl_module, FinetuneModule)
+    norms = torch._foreach_norm([parameter.detach() for parameter in pl_module.trainable_parameters()], torch.inf)
+    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())

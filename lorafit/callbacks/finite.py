@@ -68,7 +68,7 @@ class SkipNonFinite(L.Callback):
         what = f"its loss is {loss}" if not math.isfinite(loss) else "its gradient is not finite"
         if self.skipped_in_a_row == 1 or self.skipped > self.max_skipped:
             bad = [name for name, norm in zip(parameters, norms, strict=False) if not torch.isfinite(norm)]
-            what += f". {self._where(pl_module, bad)}"
+            what += f". {self._where(pl_module, bad if math.isfinite(loss) else [])}"
         if self.skipped > self.max_skipped:
             before = f", and {self.skipped - 1} steps were skipped before it" if self.skipped > 1 else ""
             raise DivergedError(f"step {step} cannot be taken: {what}{before}. {_ADVICE}")
@@ -92,12 +92,12 @@ class SkipNonFinite(L.Callback):
             return f"Which module it begins in could not be found out ({reason(error)})"
         if found is not None:
             return f"The first module whose output is not finite is {found}"
-        names = [name.removeprefix("model.") for name in bad[:3]]
-        return (
-            f"Every module's output is finite; the gradient is not in {', '.join(names)}"
-            if names
-            else ("The output of every module is finite: it is the loss alone")
-        )
+        if bad:
+            names = ", ".join(name.removeprefix("model.") for name in bad[:3])
+            return f"Every module's output is finite; the gradient is not in {names}"
+        if pl_module.trainer.world_size > 1:
+            return "Every module's output is finite in this process: it is the loss alone, or another process's batch"
+        return "Every module's output is finite: it is the loss alone"
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lorafit.errors import reason
-from lorafit.files import write_atomically
+from lorafit.files import require_regular, write_atomically
 
 NAME = "history.jsonl"
 KEPT = 10_000  # points that wait for the disk, a megabyte or two; of more the oldest are lost
@@ -31,6 +31,7 @@ def history_rows(folder: str | Path, until: int) -> list[dict[str, Any]]:
     """The points in a run folder's history up to a step; none where there is no such file. They end at a line that is
     not whole, since the process was killed while it wrote."""
     rows: list[dict[str, Any]] = []
+    require_regular(Path(folder) / NAME)
     try:
         lines = (Path(folder) / NAME).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -38,7 +39,7 @@ def history_rows(folder: str | Path, until: int) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= until:
             rows.append(row)

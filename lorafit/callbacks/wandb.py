@@ -26,8 +26,9 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lorafit.errors import InputError, Paused, reason
 from lorafit.files import write_atomically
+from lorafit.redact import redact, redact_values
 
 log = logging.getLogger(__name__)
 FINISH_SECONDS = {False: 60.0, True: 1800.0}  # by whether it is sent to a server: an adapter may be large
+_LARGEST_NOTE = 2**16  # bytes of a run.json
 STEP = "trainer/global_step"  # what everything is drawn over, in the words of Lightning's logger
 
 
@@ -76,21 +79,20 @@ def wandb_logger(
             run_id = _known_id(home, going_on=bool(history)) or secrets.token_hex(4)
             if mode != "disabled":
                 _remember(home, run_id, None)
-            run = wandb.init(
-                project=project,
-                name=name,
-                group=group,
-                tags=list(tags),
-                job_type=job_type,
-                config=dict(config),
-                dir=folder,
-                mode=mode,  # type: ignore[arg-type]
-                id=run_id,
-                resume="allow" if mode == "online" else None,
-                reinit="create_new",
-                # a killed process loses what is not written yet, by default up to 15 seconds or 32 KiB
-                settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=0.1),
-            )
+            with _arguments_redacted():
+                run = wandb.init(
+                    **redact_values({"project": project, "name": name, "group": group}),
+                    tags=redact_values(tags),
+                    job_type=job_type,
+                    config=redact_values(config),
+                    dir=folder,
+                    mode=mode,  # type: ignore[arg-type]
+                    id=run_id,
+                    resume="allow" if mode == "online" else None,
+                    reinit="create_new",
+                    # a killed process loses what is not written yet, by default up to 15 seconds or 32 KiB
+                    settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=0.1),
+                )
             place = Path(run.dir).parent
             os.environ["WANDB_DATA_DIR"] = str(place)
             run.define_metric(STEP)
@@ -118,7 +120,7 @@ def wandb_logger(
         except BaseException as error:
             exit_code = getattr(error, "exit_code", 1)
             with contextlib.suppress(Exception):  # `error` is what is to be told
-                run.summary.update({"status": getattr(error, "status", "failed"), "error": reason(error)})
+                run.summary.update({"status": getattr(error, "status", "failed"), "error": redact(reason(error))})
             raise
         finally:
             if _finish(run, exit_code, mode):
@@ -130,25 +132,38 @@ def wandb_logger(
 
 def _finish(run: Any, exit_code: int, mode: str) -> bool:
     """Finish a run, unless its service has died or does not answer. Whether it is finished."""
-    errors: list[BaseException] = []
 
     def finish() -> None:
-        try:
-            run.summary["exit_code"] = exit_code
-            run.finish(exit_code=exit_code)
-        except BaseException as error:
-            errors.append(error)
+        run.summary["exit_code"] = exit_code
+        run.finish(exit_code=exit_code)
 
-    # in a thread, since nothing in W&B waits for a limited time only
-    thread = threading.Thread(target=finish, daemon=True)
-    thread.start()
-    thread.join(FINISH_SECONDS[mode == "online"])
-    if not thread.is_alive() and not errors:
+    error = _within(FINISH_SECONDS[mode == "online"], finish)
+    if error is None:
         return True
-    said = reason(errors[0]) if errors else "its service does not answer"
-    log.warning(f"W&B cannot finish its run ({said}): what it has not written is lost; history.jsonl holds the curves")
+    log.warning(
+        f"W&B cannot finish its run ({reason(error)}): what it has not written is lost; history.jsonl holds the curves"
+    )
     _end_service()
     return False
+
+
+def _within(seconds: float, call: Callable[[], object]) -> BaseException | None:
+    """Call what may never return, as anything of W&B when its service hangs. What it raises; TimeoutError where it has
+    not returned in time, and is left to itself."""
+    raised: list[BaseException] = []
+
+    def called() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=called, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        return TimeoutError(f"no answer in {seconds:g} s")
+    return raised[0] if raised else None
 
 
 def _end_service() -> None:
@@ -158,9 +173,7 @@ def _end_service() -> None:
 
         connection: Any = wandb_setup.singleton()._connection
         connection._proc._process.kill()
-        thread = threading.Thread(target=wandb_setup.teardown, daemon=True)
-        thread.start()
-        thread.join(5)
+        _within(5, wandb_setup.teardown)
 
 
 def log_summary(logger: Any, metrics: Mapping[str, Any]) -> None:
@@ -178,7 +191,8 @@ def log_summary(logger: Any, metrics: Mapping[str, Any]) -> None:
         flat[f"ladder/{rank}"] = loss
     flat["status"] = metrics.get("status")
     flat["quant"] = ((metrics.get("model") or {}).get("quant") or {}).get("type", "none")
-    logger.experiment.summary.update({k: v for k, v in flat.items() if isinstance(v, str | int | float)})
+    kept = {key: value for key, value in flat.items() if isinstance(value, str | int | float)}
+    logger.experiment.summary.update(redact_values(kept))
 
 
 def log_adapter(logger: Any, folder: str | Path) -> None:
@@ -197,7 +211,7 @@ def log_adapter(logger: Any, folder: str | Path) -> None:
     metadata = {"base_model": peft["base_model_name_or_path"], "rank": peft["r"], "alpha": peft["lora_alpha"]}
     metadata |= {f"after/{key}": value for key, value in measured.get("after", {}).items()}
     metadata |= {f"retention/{key}": value for key, value in measured.get("retention", {}).items()}
-    artifact = wandb.Artifact(artifact_name(run.name, run.id), type="model", metadata=metadata)
+    artifact = wandb.Artifact(artifact_name(run.name, run.id), type="model", metadata=redact_values(metadata))
     artifact.add_dir(str(folder))
     run.log_artifact(artifact)
 
@@ -206,6 +220,17 @@ def artifact_name(name: str | None, run_id: str) -> str:
     """What a run's adapter is called: W&B takes letters, digits, dots, dashes and underscores, 128 of them."""
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", name or "adapter").strip("-") or "adapter"
     return f"{words[:100]}-{run_id}"
+
+
+@contextlib.contextmanager
+def _arguments_redacted() -> Iterator[None]:
+    """W&B keeps the command line as it finds it, in wandb-metadata.json."""
+    given = sys.argv
+    sys.argv = redact_values(given)
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def _log_in() -> None:
@@ -244,9 +269,12 @@ def _environment(mode: str, shared: Path) -> Iterator[None]:
 def _known_id(home: Path, going_on: bool) -> str | None:
     """The id of the run that lies here, if it is that which begins now."""
     try:
-        known = json.loads((home / "run.json").read_bytes())
-        return known["id"] if going_on or known["exit_code"] != 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
+        path = home / "run.json"
+        known = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size < _LARGEST_NOTE else {}
+        # the folder may be a stranger's, and the id becomes a part of names
+        good = isinstance(known["id"], str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known["id"])
+        return known["id"] if good and (going_on or known["exit_code"] != 0) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

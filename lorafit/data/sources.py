@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from lorafit import embedded
 from lorafit.errors import InputError, did_you_mean, nearest, reason
+from lorafit.files import require_own_files
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SOURCE_KEYS = ("path", "weight", "format", "columns", "subset")
@@ -171,6 +172,7 @@ def folder_files(folder: Path, split: str) -> list[Path]:
 
 def _files(folder: Path) -> list[Path]:
     """The files of a folder and of those in it, but for hidden ones."""
+    require_own_files(folder, depth=20)
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
@@ -475,6 +477,8 @@ def _saved(folder: Path, split: str) -> Iterator[Row]:
     """A folder that `datasets` wrote with save_to_disk."""
 
     def load(datasets: Any) -> Any:
+        require_own_files(folder)
+        _require_own_names(folder)
         found = datasets.load_from_disk(str(folder))
         if isinstance(found, datasets.DatasetDict):
             held_out = _held_out_split(found) if split.lower() in _HELD_OUT_WORDS else None
@@ -482,9 +486,26 @@ def _saved(folder: Path, split: str) -> Iterator[Row]:
             if name is None:
                 raise InputError(f"data {str(folder)!r} has no split {split!r}; it has {', '.join(map(str, found))}")
             found = found[name]
-        return found.with_format(None)  # tensors, if it was saved so
+        return found.with_format(None).to_iterable_dataset()  # tensors, if it was saved so
 
     return _from_library(str(folder), load)
+
+
+def _require_own_names(folder: Path) -> None:
+    """Raise InputError where a state.json in a folder that `datasets` wrote names a file that is not beside it."""
+    for state in (folder / "state.json", *folder.glob("*/state.json")):
+        found = _parse(state.read_bytes()) if state.is_file() else {}
+        files = found.get("_data_files") if isinstance(found, dict) else None
+        for entry in files if isinstance(files, list) else ():
+            name = entry.get("filename") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or not name or Path(name).name != name:
+                raise InputError(f"data {str(folder)!r}: {state} names {shown(name)}, which is no file of its folder")
+    splits = folder / "dataset_dict.json"
+    found = _parse(splits.read_bytes()) if splits.is_file() else {}
+    names = found.get("splits") if isinstance(found, dict) else None
+    for name in names if isinstance(names, list) else ():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise InputError(f"data {str(folder)!r}: {splits} names {shown(name)}, which is no folder of it")
 
 
 def _from_library(name: str, load: Callable[[Any], Iterable[Any]]) -> Iterator[Row]:
@@ -494,7 +515,10 @@ def _from_library(name: str, load: Callable[[Any], Iterable[Any]]) -> Iterator[R
     datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below
     number = 0
     try:
-        for number, row in enumerate(load(datasets), start=1):
+        rows = load(datasets)
+        if isinstance(rows, datasets.IterableDataset):
+            rows = rows.decode(False)  # of pictures and sounds, which may name any file or address, to be opened
+        for number, row in enumerate(rows, start=1):
             yield Row(f"{name}: row {number}", row)
     except InputError:
         raise

@@ -17,11 +17,15 @@ answer too. What neither explains is refused, never guessed.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafit.data.formats import Turn
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+_MOST_SECONDS = 20  # for one conversation, which takes a thousandth of one
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 # what looks like the mark of a turn in text, whether or not the tokenizer knows it
@@ -113,6 +118,7 @@ class ChatTemplate:
             self.source: str = tokenizer.get_chat_template()
         except ValueError as error:
             raise InputError(f"data.template=chat: {reason(error)}") from error
+        _require_no_powers(self.source)
         self.system = system
         self.marked = bool(_MARKS.search(self.source))
         self._variables = dict(tokenizer.special_tokens_map)
@@ -158,17 +164,28 @@ class ChatTemplate:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         render: Any = render_jinja_template  # its annotations are behind what it returns
         try:
-            texts, spans = render(
-                [messages],
-                chat_template=self.source,
-                add_generation_prompt=generation,
-                return_assistant_tokens_mask=marks,
-                **self._variables,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            with _limited():
+                texts, spans = render(
+                    [messages],
+                    chat_template=self.source,
+                    add_generation_prompt=generation,
+                    return_assistant_tokens_mask=marks,
+                    **self._variables,
+                )
+        except _Endless:
+            raise InputError(
+                f"the chat template of the tokenizer takes more than {_MOST_SECONDS} seconds for one conversation: "
+                "correct it, or take data.template=plain"
+            ) from None
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             hint = " Take data.system=fold" if turns[0].role == "system" else " Take data.template=plain"
             before = f"{where}: " if where else ""
             raise InputError(f"{before}the chat template refuses this conversation ({reason(error)}).{hint}") from error
+        except (RecursionError, MemoryError) as error:
+            raise InputError(
+                f"the chat template of the tokenizer never comes to its end ({type(error).__name__}): correct it, or "
+                "take data.template=plain"
+            ) from None
         return texts[0], [(start, end) for start, end in spans[0]] if marks else []
 
     # -------------------------------------------------------------------------------------------- the skeleton
@@ -272,6 +289,44 @@ class ChatTemplate:
         """What {% generation %} marks say, wherever they are: the checks hold it against the answers."""
         marks = self._apply(turns, marks=True)[1] if self.marked else []
         return marks if len(marks) == sum(turn.role == "assistant" for turn in turns) else None
+
+
+class _Endless(BaseException):
+    """A template has taken its time. Like KeyboardInterrupt it is no Exception, so that nothing swallows it."""
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    """Raise _Endless within the context once it has computed for _MOST_SECONDS; in the main thread, which alone may.
+
+    A template comes with a model and may be a stranger's. Its sandbox keeps it from everything but time. The clock is
+    the process's own, so that one that sleeps, or is stopped, loses nothing by it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Endless
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _require_no_powers(source: str) -> None:
+    """Raise InputError for a template with `**`: of 9**9**9 nothing can stop the computing, not even a signal, and it
+    is computed before the template is used."""
+    with contextlib.suppress(TemplateError):  # which is said when it is used
+        if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(source)):
+            raise InputError(
+                "the chat template of the tokenizer computes powers (**), which no conversation needs, and which may "
+                "take for ever: correct it, or take data.template=plain"
+            )
 
 
 def _placeholder(index: int) -> str:

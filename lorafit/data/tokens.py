@@ -49,7 +49,9 @@ def load_tokenizer(
     options = {"revision": revision} if revision is not None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of its files the libraries raise what they happen to meet
         raise InputError(f"the tokenizer of {name!r} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(

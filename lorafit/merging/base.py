@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from lorafit.errors import InputError
 from lorafit.fingerprint import fingerprint_of
-from lorafit.loading import resolve
+from lorafit.loading import input_errors, load_config, resolve
 from lorafit.merging.skeleton import (
     aliases,
     as_dtype,
@@ -73,15 +72,11 @@ def open_base(
     """Open a base model for merging. load_whole: loads it into memory, given whether quantized as `quant` says or in
     its own 16 bits; called where the short way does not do. The other arguments are those of `load_base_model`."""
     quant = Quantization.of(quant)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
-    try:
-        config = AutoConfig.from_pretrained(resolve(name), **options)
-    except (OSError, ValueError, KeyError):
-        load_whole(True)  # says it better
-        raise
+    config = load_config(name, trust_remote_code=trust_remote_code, revision=revision)
     folder = model_folder(name, revision)
     prequantized = getattr(config, "quantization_config", None) is not None
-    why, files = why_whole(config, folder, init, trust_remote_code)
+    with input_errors(name):
+        why, files = why_whole(config, folder, init, trust_remote_code)
     if why is None and device != "cpu":
         why = f"it computes on {device}"
     if why is None:

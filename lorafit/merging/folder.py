@@ -18,12 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from lorafit.adapter import load_adapter, read_record
 from lorafit.errors import InputError, reason
-from lorafit.files import replace_folder, write_atomically, write_json
+from lorafit.files import replace_folder, require_own_files, write_atomically, write_json
 from lorafit.inject import adapter_modules
+from lorafit.loading import load_config
 from lorafit.merging.candidates import DEQUANTIZED, REQUANTIZED, Candidate
 from lorafit.merging.files import write_shards
 from lorafit.merging.skeleton import lend_weights, skeleton
@@ -187,6 +186,7 @@ def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, 
     """
     if not merged.is_dir():
         raise InputError(f"merge.unmerge: no folder {str(merged)!r}")
+    require_own_files(merged)
     record = read_record(merged)
     contents, notes = read_undo(merged)
     if record.get("adapter_sha256") != adapter_sha256:
@@ -196,7 +196,7 @@ def unmerge_folder(merged: Path, adapter: Path, adapter_sha256: str, out: Path, 
         )
     weights = _merged_weights(merged, notes)
     try:
-        config = AutoConfig.from_pretrained(merged)
+        config = load_config(str(merged))
         model = skeleton(config, None)
     except Exception as error:  # transformers raises what it happens to meet in a damaged configuration
         raise InputError(f"{str(merged / 'config.json')!r} describes no model: {reason(error)}") from error
