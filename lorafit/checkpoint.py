@@ -65,7 +65,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         _require_whole(Path(path))
         state = torch.load(path, map_location=map_location, weights_only=True)
         _require_parts(state)
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # of many kinds, and PyTorch's own advice would have the file run its code
         raise InputError(f"{path} cannot be read as a checkpoint ({_said(error)}): remove it to begin anew") from error
@@ -118,13 +118,9 @@ class Found:
     """A checkpoint that can be gone on from. damaged: what is wrong with newer ones, by their path."""
 
     path: Path
-    state: dict[str, Any]
+    step: int  # how many optimizer steps it has taken
+    run: Any  # what it says of the run that it belongs to
     damaged: dict[Path, str]
-
-    @property
-    def step(self) -> int:
-        """How many optimizer steps it has taken."""
-        return int(self.state["global_step"])
 
 
 def newest_checkpoint(folder: str | Path) -> Found | None:
@@ -136,7 +132,8 @@ def newest_checkpoint(folder: str | Path) -> Found | None:
         if not path.exists():
             continue
         try:
-            return Found(path, load_checkpoint(path), damaged)
+            state = load_checkpoint(path)
+            return Found(path, int(state["global_step"]), state.get("run"), damaged)
         except InputError as error:
             damaged[path] = str(error)
     if damaged:
@@ -198,8 +195,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"].cpu().clone())  # which crashes for a tensor that begins within another's memory
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([item.cpu().clone() for item in state["cuda"]])
+    for number, item in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):  # it may have fewer now
+        torch.cuda.set_rng_state(item.cpu().clone(), number)
 
 
 def device_random_state(device: torch.device) -> torch.Tensor:

@@ -323,9 +323,12 @@ class FinetuneDataModule(L.LightningDataModule):
         """`content_hash`; of what is streamed, a SHA-256 over the first window, the rows to measure on, and the sizes
         of the files: nobody has read them to their end."""
         whole = self.content_hash()
-        if whole is not None:
+        weights = [source.weight for source in self.sources]
+        if whole is not None and not any(weights):
             return whole
-        digest = hashlib.sha256()
+        if whole is not None:  # in which order the rows of a mixture come
+            return hashlib.sha256(f"{whole} {weights} {self._row_sizes}".encode()).hexdigest()
+        digest = hashlib.sha256(repr(weights).encode())
         for sequences in (self.train_sequences, self.eval_sequences):
             for array in (sequences.ids, sequences.trained, sequences.offsets):
                 digest.update(np.ascontiguousarray(array).data)

@@ -170,7 +170,8 @@ def record_command(folder: Path) -> None:
         return
     values, hydra_config = _running
     home = folder / ".hydra"
-    _write_yaml(home / "overrides.yaml", given_overrides())
+    given = [text for text in given_overrides() if not text.startswith("allow_changed=")]
+    _write_yaml(home / "overrides.yaml", given)
     _write_yaml(home / "config.yaml", OmegaConf.to_container(values))
     _write_yaml(home / "hydra.yaml", {"hydra": OmegaConf.to_container(hydra_config)})
 

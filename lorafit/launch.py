@@ -203,6 +203,8 @@ def _seek(overrides: list[str], arguments: Any) -> list[str] | None:
     given = [text.partition("=")[2].strip("'\"") for text in rest if text.startswith("hydra.run.dir=")]
     if given and "${" in given[-1]:
         raise InputError(f"resume=auto: hydra.run.dir={given[-1]} is a new folder each time: give a fixed one, or none")
+    if not given and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("resume=auto: several processes must find the same run: give hydra.run.dir=FOLDER as well")
     sha256 = config_sha256(compose(values, arguments.config_dir))
     found = find_run(sha256, Path(given[-1]).expanduser() if given else None)
     if found is None:

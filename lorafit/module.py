@@ -42,7 +42,7 @@ from lorafit.checkpoint import (
 from lorafit.checkpointing import CHECKPOINTING, keep_products, recompute_blocks
 from lorafit.data.loader import Batch
 from lorafit.elementwise import EAGER, WORTH_COMPILING, ops_without_compiling, require_compiled
-from lorafit.errors import InputError, MemoryExhausted, did_you_mean
+from lorafit.errors import InputError, MemoryExhausted, did_you_mean, reason
 from lorafit.fastpath import BLOCK, PLAIN, leave_fast_path, recomputes, take_fast_path, use_ops
 from lorafit.inject import (
     count_parameters,
@@ -166,7 +166,7 @@ class FinetuneModule(L.LightningModule):
         self.halved = 0  # micro-batches that were computed in halves
         self._too_large: int | None = None  # so many tokens, padding included, did not fit
         self._postponed: Batch | None = None  # a micro-batch whose forward pass did not fit
-        self._current: tuple[Batch, Tensor | None] | None = None  # the one under way, and the generators before it
+        self._current: tuple[Batch, Tensor] | None = None  # the one under way, and the generators before it
         self.began = False  # whether training has come to its first step, all that a checkpoint holds being restored
         self._resumed: dict[str, Any] | None = None
 
@@ -297,13 +297,12 @@ class FinetuneModule(L.LightningModule):
         (batch, generators), self._current = self._current, None
         counted, self._postponed = self._postponed is None, None
         if counted:
-            before = self._gradients()
-            if _fits(partial(loss.backward, *args, **kwargs)):
+            kept: list[Tensor | None] = []
+            if _fits(partial(self._backward_whole, loss, kept, *args, **kwargs)):
                 return
-            self._restore(before)
-        del loss  # and with it what the forward pass has kept
-        if generators is not None:
-            set_device_random_state(generators, self.device)
+            self._restore(kept)
+        loss.detach_()  # Lightning holds it: what the forward pass has kept would stay beside the halves
+        set_device_random_state(generators, self.device)
         self._note_too_large(batch)
         self.halved += 1
         self._in_halves(batch, count=not counted)
@@ -321,20 +320,25 @@ class FinetuneModule(L.LightningModule):
             if self._is_too_large(part):
                 self._in_halves(part, count)
                 continue
-            generators, before = self._generators(), self._gradients()
+            generators = self._generators()
+            kept: list[Tensor | None] = []
             sums: list[tuple[Tensor, Tensor]] = []
-            if _fits(partial(self._forward_and_backward, part, sums)):
+            if _fits(partial(self._forward_and_backward, part, kept, sums)):
                 if count:
                     self._count(*sums[0])
                 continue
-            self._restore(before)
-            if generators is not None:
-                set_device_random_state(generators, self.device)
+            self._restore(kept)
+            set_device_random_state(generators, self.device)
             self._note_too_large(part)
             self._in_halves(part, count)
 
-    def _forward_and_backward(self, batch: Batch, sums: list[tuple[Tensor, Tensor]]) -> None:
+    def _backward_whole(self, loss: Tensor, kept: list[Tensor | None], *args: Any, **kwargs: Any) -> None:
+        kept += self._gradients()
+        loss.backward(*args, **kwargs)
+
+    def _forward_and_backward(self, batch: Batch, kept: list[Tensor | None], sums: list[tuple[Tensor, Tensor]]) -> None:
         assert self.model is not None
+        kept += self._gradients()
         loss, tokens = supervised_loss(self.model, batch, self.ops)
         loss.backward()
         sums.append((loss.detach(), tokens))
@@ -345,15 +349,18 @@ class FinetuneModule(L.LightningModule):
         assert model is not None
         return found[0] if _fits(lambda: found.append(supervised_loss(model, batch, self.ops))) else None
 
-    def _generators(self) -> Tensor | None:
-        """The state of the generators, where dropout draws from them: a second try is to draw the same."""
-        return device_random_state(self.device) if self.options.dropout > 0 else None
+    def _generators(self) -> Tensor:
+        """The state of the generators that dropout draws from, the base's own as well: a second try draws the same."""
+        return device_random_state(self.device)
 
     def _gradients(self) -> list[Tensor | None]:
         """Copies of the gradients so far, for a backward pass may fail when it has written some."""
         return [None if p.grad is None else p.grad.clone() for p in self.trainable_parameters()]
 
     def _restore(self, gradients: list[Tensor | None]) -> None:
+        """Put copies back. There are none where memory ran out while they were made: then nothing was written yet."""
+        if not gradients:
+            return
         for parameter, gradient in zip(self.trainable_parameters(), gradients, strict=True):
             parameter.grad = gradient
 
@@ -468,9 +475,12 @@ class FinetuneModule(L.LightningModule):
             for config in self.trainer.lr_scheduler_configs:
                 go_to_step(config.scheduler, self.trainer.global_step)
             # last: what Lightning does between loading and the first step draws random numbers
-            set_random_state(self._resumed["random_state"])
-            if "own_random_state" in self._resumed:
-                set_device_random_state(self._resumed["own_random_state"], self.device)
+            try:
+                set_random_state(self._resumed["random_state"])
+                if "own_random_state" in self._resumed:
+                    set_device_random_state(self._resumed["own_random_state"], self.device)
+            except RuntimeError as error:  # PyTorch's, of a state that is none
+                raise Unfit(f"random_state: {reason(error)}") from error
             self._resumed = None
         self.began = True
 

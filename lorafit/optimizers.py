@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lorafit.checkpoint import Unfit
+from lorafit.errors import reason
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -47,7 +48,10 @@ def restore_optimizer(optimizer: Optimizer, saved: object, make: Make) -> None:
                 f"{type(optimizer).__name__}"
             )
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except RuntimeError as error:  # where no state of its own was there to compare with
+        raise Unfit(f"optimizer_states: {reason(error)}") from error
 
 
 def _state_of(shape: torch.Size, dtype: torch.dtype, make: Make) -> Any:

@@ -48,6 +48,8 @@ def trusted_overrides(given: object, folder: Path, again: Collection[str] = ()) 
     """
     if not isinstance(given, list) or len(given) > _MOST or not all(isinstance(text, str) for text in given):
         raise InputError(f"resume: what {str(folder)!r} says of its overrides is no list of texts: give them again")
+    # what was once allowed to change has changed, and the checkpoints know it
+    given = [text for text in given if _key(text) != "allow_changed"]
     taken = [text for text in given if is_plain(text)]
     masked = [text for text in taken if MASK in text]
     if missing := {_key(text) for text in masked} - {_key(text) for text in again}:

@@ -9,6 +9,7 @@ lets it go on all the same.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -39,8 +40,11 @@ RUNS = "outputs/*/*"  # where runs lie that were given no folder (conf/train.yam
 
 def identity(config: Config, data: FinetuneDataModule, model: Any) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to, in plain values."""
+    import torch
+
     from lorafit.adapter import base_fingerprint
 
+    device = next(model.parameters()).device
     settings, rounding = training_settings(config)
     fingerprint = base_fingerprint(model)
     found = {
@@ -50,7 +54,12 @@ def identity(config: Config, data: FinetuneDataModule, model: Any) -> dict[str, 
         "base": {"fingerprint": fingerprint or config.model.name, "config": _config_hash(model)},
         "data": data.data_hash(),
         "template": data.template_hash(),
-        "machine": {"device": next(model.parameters()).device.type, "cpu": platform.machine()}
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processor": platform.machine(),
+            "cuda": torch.version.cuda,
+            "threads": torch.get_num_threads(),
+        }
         | {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
     }
     return {key: redact_values(value) for key, value in found.items()}
@@ -92,7 +101,7 @@ def _weighs(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bo
 
 def require_same(config: Config, found: Found, now: Mapping[str, Any]) -> None:
     """Raise InputError naming what has changed since the checkpoint was written, unless `allow_changed` names it."""
-    then = found.state.get("run")
+    then = found.run
     allowed = config.allow_changed
     if not _is_identity(then):
         if "all" in allowed:
@@ -162,18 +171,15 @@ def clear_up(folder: Path, found: Found | None) -> None:
     home = folder / "checkpoints"
     try:
         clear_drafts(home)
-        if found is None:
+        if found is None or found.path.parent.resolve() != home.resolve():
             if any(home.glob("*.ckpt")):
-                import shutil
-
-                aside = folder / "checkpoints.old"
-                shutil.rmtree(aside, ignore_errors=True)
+                names = (f"checkpoints.old{number}" for number in itertools.chain([""], itertools.count(2)))
+                aside = next(place for name in names if not (place := folder / name).exists())
                 os.replace(home, aside)
                 log.warning(f"{folder} held the checkpoints of an earlier run: they are in {aside} now")
             return
         for path in found.damaged:
-            if path.parent.resolve() == home.resolve():
-                os.replace(path, path.with_suffix(".damaged"))
+            os.replace(path, path.with_suffix(".damaged"))
     except OSError as error:
         log.warning(f"{home} cannot be cleared up ({error.strerror})")
 

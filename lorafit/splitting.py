@@ -8,10 +8,9 @@ attended across. What follows the last supervised token of a half is cut off: no
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-Batch = dict[str, Tensor]
-IGNORE = -100  # a label that is not trained
+from lorafit.data.loader import Batch
+from lorafit.data.tokens import IGNORE
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch] | None:

@@ -200,7 +200,8 @@ def is_busy(folder: Path) -> bool:
     import fcntl
 
     try:
-        with (folder / ".lock").open() as file:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_NONBLOCK)  # which does not wait at a pipe
+        with open(descriptor) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

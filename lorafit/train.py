@@ -7,8 +7,8 @@
     python -m lorafit.train resume=RUN                            go on where a stopped run, or sweep, stood
 
 It says what it will do, measures the base, trains, measures again, and leaves a run folder: `adapter/`, `checkpoints/`,
-`metrics.json`, `history.jsonl`, `samples.jsonl`, `train.log`. Exit codes: 0 done, 2 wrong input, 3 diverged, 4 out of
-memory, 130 and 143 stopped by a signal with a checkpoint saved.
+`metrics.json`, `history.jsonl`, `samples.jsonl`, `train.log`. Exit codes: 0 done, 2 wrong input, 3 diverged or an
+alarm, 4 out of memory, 5 trained but not saved, 129, 130 and 143 stopped by a signal with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -71,9 +71,13 @@ def run(config: Config, folder: Path) -> float:
     with alone(folder) if main else contextlib.nullcontext():
         try:
             return _recorded(config, folder, Shared(), job)
-        except InputError:
-            if main and not config.resume and read_metrics(folder).get("status") == Stopped.status:
-                (folder / "metrics.json").unlink(missing_ok=True)
+        except InputError as error:
+            left = read_metrics(folder)
+            if main and not config.resume and left.get("status") == Stopped.status:
+                if any((folder / "checkpoints").glob("*.ckpt")):  # a bad row that a stream has come to
+                    _note(folder, left | {"status": error.status, "error": str(error)})
+                else:
+                    (folder / "metrics.json").unlink(missing_ok=True)
             raise
 
 
@@ -329,8 +333,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         except DivergedError as error:
             if finite.first_of_row is None or not is_main_process():
                 raise
-            kept = checkpoints.keep_good(finite.first_of_row)
-            raise DivergedError(f"{error}.{last_good(kept, folder)}") from error
+            good = checkpoints.keep_good(finite.first_of_row)
+            raise DivergedError(f"{error}.{last_good(good, folder)}") from error
         except Paused:
             assert job is not None and stop is not None
             signals.check()
@@ -366,8 +370,8 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
             if not math.isfinite(after["loss"]):  # finite weights may still overflow
                 raise DivergedError("the held-out loss after training is not finite. Lower optimizer.lr.")
         except DivergedError as error:  # what the last step has made is no good place to go on from
-            kept = checkpoints.keep_good(trainer.global_step + 1)
-            raise DivergedError(f"{error}{last_good(kept, folder)}") from error
+            good = checkpoints.keep_good(trainer.global_step + 1)
+            raise DivergedError(f"{error}{last_good(good, folder)}") from error
         checkpoints.keep_best(after["loss"])
         metrics["ranks"] = effective_ranks(model)
         if config.ladder:
@@ -453,15 +457,12 @@ def tokens_of(data: Any, batches: int) -> int:
     return round(batches * data.batch_size * each)
 
 
-def last_good(checkpoint: Path | None, folder: Path) -> str:
-    """What to say of the checkpoint that is left after a run has diverged."""
-    if checkpoint is None:
+def last_good(good: tuple[Path, int] | None, folder: Path) -> str:
+    """What to say of the checkpoint that is left after a run has diverged, and its step."""
+    if good is None:
         return " It has no checkpoint from before that"
-    from lorafit.checkpoint import load_checkpoint
-
-    step = load_checkpoint(checkpoint)["global_step"]
     return (
-        f" The last good checkpoint is {checkpoint}, of step {step}. To go on from it: resume={folder} with what you "
+        f" The last good checkpoint is {good[0]}, of step {good[1]}. To go on from it: resume={folder} with what you "
         "change, and 'allow_changed=[KEY]'"
     )
 
@@ -471,12 +472,13 @@ def restoring(found: Found | None, module: FinetuneModule) -> Iterator[None]:
     """Raise InputError in place of what goes wrong while the contents of a checkpoint are taken over: it is whole, but
     another version or a stranger has written it. What goes wrong later is no fault of it."""
     from lorafit.checkpoint import Unfit
-    from lorafit.memory import is_out_of_memory
 
     try:
         yield
     except Exception as error:
-        unfit = isinstance(error, Unfit) or not (isinstance(error, LorafitError) or is_out_of_memory(error))
+        # what a device, a network or a disk says meanwhile is no fault of the checkpoint
+        unfit = isinstance(error, Unfit | KeyError | IndexError | TypeError | AttributeError | ValueError)
+        unfit = unfit and (isinstance(error, Unfit) or not isinstance(error, LorafitError))
         if found is None or module.began or not unfit:
             raise
         said = reason(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {reason(error)}"

@@ -126,5 +126,21 @@ def test_after_divergence_the_last_checkpoint_is_one_whose_next_step_was_finite(
             rest = {"state_dict": {}, "loops": {}, "optimizer_states": [], "random_state": {}}
             torch.save({"global_step": step} | rest, path)
     kept = checkpoints.keep_good(bad_from=5)
-    assert (None if kept is None else step_of(kept)) == good
+    assert kept == (None if good is None else (checkpoints.last, good))
+    assert kept is None or step_of(checkpoints.last) == good
     assert (tmp_path / "diverged.ckpt").exists() == (last == 4)
+
+
+def test_after_divergence_a_best_checkpoint_is_good_if_its_next_step_was_and_a_damaged_one_is_left(
+    tmp_path: Path,
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    rest = {"state_dict": {}, "loops": {}, "optimizer_states": [], "random_state": {}}
+    torch.save({"global_step": 4} | rest, checkpoints.last)
+    checkpoints.previous.write_bytes(b"half")
+    torch.save({"global_step": 2} | rest, checkpoints.best)
+    assert checkpoints.keep_good(bad_from=5) == (checkpoints.last, 2)
+    torch.save({"global_step": 4} | rest, checkpoints.last)
+    torch.save({"global_step": 4} | rest, checkpoints.best)
+    assert checkpoints.keep_good(bad_from=5) is None  # and none is left that resume would take for good
+    assert not checkpoints.last.exists() and not checkpoints.best.exists()

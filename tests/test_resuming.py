@@ -222,6 +222,22 @@ def test_settings_that_are_named_may_change_and_hold_from_there_on() -> None:
     assert json.loads(Path("run/metrics.json").read_text())["speed"]["steps"] == 12
 
 
+def test_other_weights_of_a_mixture_are_other_data() -> None:
+    """The same rows, in another order."""
+    mixed = "data.path=[{path: rows.jsonl, weight: %s}, {path: held.jsonl, weight: 1}]"
+    assert stopped(5, *COMMAND, mixed % 1, "hydra.run.dir=other")[0] == 143
+    code, _, err = program("resume=other", mixed % 9)
+    assert code == 2 and "the training data are others" in err, err
+
+
+def test_what_was_allowed_once_is_not_allowed_for_ever() -> None:
+    code, _, err = stopped(3, "resume=run", "optimizer.lr=1e-3", "allow_changed=[all]")
+    assert code == 143, err
+    assert "allow_changed" not in Path("run/.hydra/overrides.yaml").read_text()
+    code, _, err = program("resume=run", "optimizer.lr=2e-3")
+    assert code == 2 and "optimizer.lr is 0.001 there, 0.002 here" in err
+
+
 def test_other_data_are_refused_and_named_and_can_be_allowed() -> None:
     rows = Path("rows.jsonl").read_text()
     Path("rows.jsonl").write_text(rows.replace(json.loads(rows.splitlines()[3])["completion"], "something else"))

@@ -194,6 +194,46 @@ def test_what_a_failed_backward_pass_has_written_is_taken_back(tmp_path: Path, m
     assert all(torch.allclose(state[name], same[name], rtol=1e-3, atol=1e-5) for name in state)
 
 
+def test_a_backward_pass_that_failed_keeps_nothing_beside_the_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the forward pass of the whole has kept is gone when the halves are computed."""
+    import weakref
+
+    import lorafit.module
+
+    kept: list[weakref.ref[torch.Tensor]] = []
+    real_loss, real_halves = lorafit.module.supervised_loss, lorafit.module.halves
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(activations := torch.zeros(3))
+            kept.append(weakref.ref(activations))
+            ctx.activations = activations
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            if len(kept) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return gradient
+
+    def loss(*arguments: Any) -> Any:
+        total, tokens = real_loss(*arguments)
+        return Keep.apply(total), tokens
+
+    def halves_then(batch: Any) -> Any:
+        assert kept[0]() is None
+        return real_halves(batch)
+
+    monkeypatch.setattr(lorafit.module, "supervised_loss", loss)
+    made = module(on_oom="halve")
+    monkeypatch.setattr(lorafit.module, "halves", halves_then)
+    fit(made, tmp_path, max_steps=1)
+    assert made.halved == 1
+
+
 def test_dropout_does_not_depend_on_how_far_the_failed_try_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lorafit.checkpoint import BEST, LAST, PREVIOUS, Unfit, load_checkpoint, require_like
 from lorafit.datamodule import FinetuneDataModule
@@ -115,23 +116,30 @@ class Checkpoints(L.Callback):
 
     def keep_best(self, loss: float) -> None:
         """Keep the checkpoint written last as the best one if its held-out loss is the lowest."""
-        if loss < self.best_loss and self.failed is None and self.last.exists():
+        behind = self.failed is not None or (self.finite is not None and self.finite.skipped_in_a_row > 0)
+        if loss < self.best_loss and not behind and self.last.exists():
             self.best_loss = loss
             self._copy_to_best(self.last)
 
-    def keep_good(self, bad_from: int) -> Path | None:
-        """After divergence: see to it that last.ckpt is a good one, and return its path; None where none is left.
+    def keep_good(self, bad_from: int) -> tuple[Path, int] | None:
+        """After divergence: see to it that last.ckpt is a good one, and return it and its step; None where none is
+        left.
 
         bad_from: the first step that was not finite. Weights from which the very next step was so are not gone on
         with: their checkpoint becomes diverged.ckpt.
         """
-        with contextlib.suppress(OSError, InputError):
-            if load_checkpoint(self.last)["global_step"] >= bad_from - 1:
-                os.replace(self.last, self.folder / "diverged.ckpt")
-                if load_checkpoint(self.previous)["global_step"] < bad_from - 1:
-                    os.replace(self.previous, self.last)
-        return self.last if self.last.exists() else None
+        for path in (self.last, self.previous, self.best):
+            with contextlib.suppress(OSError, InputError):  # one that is damaged is told when it is to be gone on with
+                step = int(load_checkpoint(path)["global_step"])
+                if step >= bad_from - 1:
+                    os.replace(path, self.folder / "diverged.ckpt")
+                    continue
+                if path != self.last:
+                    write_atomically(self.last, lambda file, path=path: file.write(path.read_bytes()))  # type: ignore[misc]
+                return self.last, step
+        return None
 
+    @rank_zero_only
     def _copy_to_best(self, checkpoint: Path) -> None:
         try:
             with checkpoint.open("rb") as source:
@@ -185,9 +193,11 @@ class Checkpoints(L.Callback):
             loss = float(trainer.callback_metrics["eval/loss"])
             self._validated_step = trainer.global_step
             # written anew even where this step's is there, and with the loss in it: what resumes has to know it
-            best = loss < self.best_loss
+            best, before = loss < self.best_loss, self.best_loss
             self.best_loss = loss if best else self.best_loss
-            if self._save(trainer) and best:
+            if not self._save(trainer):
+                self.best_loss = before
+            elif best:
                 self._copy_to_best(self.last)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
