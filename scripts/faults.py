@@ -497,7 +497,8 @@ def hostile(home: Path, count: int) -> list[dict[str, Any]]:
     home.mkdir(parents=True, exist_ok=True)
     (home / "adapters").mkdir()
     (home / "checkpoints").mkdir()
-    adapters, checkpoints = AdapterLab(home / "adapters"), CheckpointLab(home / "checkpoints")
+    checkpoints = CheckpointLab(home / "checkpoints")
+    adapters = AdapterLab(home / "adapters", checkpoints.model)
     rows = []
     with contextlib.chdir(home):
         for kind, cases, attempt in (

@@ -2,7 +2,7 @@
 
     for case in bad_configs(seed=0, count=500):
         outcome = try_config(case)                   # "refused" or "harmless"; anything else is raised
-    lab = AdapterLab(folder)
+    lab = AdapterLab(folder, model)
     for case in bad_adapters(seed=0, count=450):
         outcome = lab.try_adapter(case)              # the same, or "diverged"
 
