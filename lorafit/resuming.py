@@ -155,7 +155,7 @@ def find_checkpoint(config: Config) -> Found | None:
     assert config.resume is not None
     found = newest_checkpoint(Path(config.resume) / "checkpoints")
     if found is None:
-        log.warning(f"resume: {config.resume!r} was stopped before its first checkpoint: it begins anew")
+        log.warning(f"resume: {config.resume!r} has no checkpoint to go on from: it begins anew")
         return None
     for said in found.damaged.values():
         log.warning(f"resume: {said.partition(': remove')[0]}")

@@ -673,9 +673,13 @@ def _check_files(config: Config) -> Iterable[str]:
             yield f"model.name: {name!r} holds no config.json, so it is no model folder"
     if config.resume is not None:
         run = Path(config.resume)
-        if not os.path.isdir(run):  # a Path's own is_dir raises for a name that is too long
+        own = [place for place in list(run.parents)[:2] if os.path.isfile(place / ".hydra" / "overrides.yaml")]
+        if own and os.path.exists(run) and not os.path.isdir(run / ".hydra"):
+            yield f"resume: {config.resume!r} is a part of a run: give the folder of the run, resume={own[0]}"
+        elif not os.path.isdir(run):  # a Path's own is_dir raises for a name that is too long
             beside = run.parent
-            hint = near_names(config.resume, map(str, beside.iterdir())) if os.path.isdir(beside) else ""
+            folders = [str(place) for place in beside.iterdir() if place.is_dir()] if os.path.isdir(beside) else []
+            hint = near_names(config.resume, folders)
             yield f"resume: no folder {config.resume!r}{hint}"
         elif (run / "multirun.yaml").is_file():
             yield f"resume: {config.resume!r} is a sweep: give its command again, with hydra.sweep.dir={config.resume}"

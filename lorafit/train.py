@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -460,10 +461,11 @@ def tokens_of(data: Any, batches: int) -> int:
 def last_good(good: tuple[Path, int] | None, folder: Path) -> str:
     """What to say of the checkpoint that is left after a run has diverged, and its step."""
     if good is None:
-        return " It has no checkpoint from before that"
+        return " It has no checkpoint from before that: begin anew with a lower optimizer.lr"
     return (
-        f" The last good checkpoint is {good[0]}, of step {good[1]}. To go on from it: resume={folder} with what you "
-        "change, and 'allow_changed=[KEY]'"
+        f" The last good checkpoint is {good[0]}, of step {good[1]} (one whose next step was not finite is called "
+        f"diverged.ckpt). To go on from it: {shlex.quote(f'resume={folder}')} optimizer.lr=LOWER "
+        "'allow_changed=[optimizer.lr]'"
     )
 
 

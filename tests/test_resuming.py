@@ -157,7 +157,7 @@ def test_what_changes_nothing_that_is_trained_may_change() -> None:
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew() -> None:
     shutil.rmtree("run/checkpoints")
     code, _, err = program("resume=run")
-    assert code == 0 and "was stopped before its first checkpoint: it begins anew" in err
+    assert code == 0 and "has no checkpoint to go on from: it begins anew" in err
     assert adapter("run") == adapter("whole")
 
 
@@ -346,6 +346,12 @@ def test_without_a_checkpoint_that_can_be_read_it_says_which_to_remove() -> None
         path.write_bytes(b"no checkpoint")
     code, _, err = program("resume=run")
     assert code == 2 and err.count("cannot be read as a checkpoint") >= 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "checkpoints/last.ckpt"])
+def test_a_part_of_a_run_is_answered_with_the_run(part: str) -> None:
+    code, _, err = program(f"resume=run/{part}")
+    assert code == 2 and f"'run/{part}' is a part of a run: give the folder of the run, resume=run" in err
 
 
 # --- resume=auto ------------------------------------------------------------------------------------------------------
