@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -59,12 +59,20 @@ class _Told:
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """torch.load of plain data and tensors. Raises InputError for a file that is damaged, that is no checkpoint, or
-    that would run code."""
+    """torch.load of plain data and tensors. Raises InputError for a file that is damaged, or would run code."""
+    return _load(path, map_location, lambda state: None)
+
+
+def load_run(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """`load_checkpoint` of a run. Raises InputError also where it lacks a part of one."""
+    return _load(path, map_location, _require_parts)
+
+
+def _load(path: str | Path, map_location: Any, require: Callable[[object], None]) -> dict[str, Any]:
     try:
         _require_whole(Path(path))
-        state = torch.load(path, map_location=map_location, weights_only=True)
-        _require_parts(state)
+        state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        require(state)
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # of many kinds, and PyTorch's own advice would have the file run its code
@@ -132,7 +140,7 @@ def newest_checkpoint(folder: str | Path) -> Found | None:
         if not path.exists():
             continue
         try:
-            state = load_checkpoint(path)
+            state = load_run(path)
             return Found(path, int(state["global_step"]), state.get("run"), damaged)
         except InputError as error:
             damaged[path] = str(error)

@@ -26,7 +26,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from transformers.utils import logging as hf_logging
 
-from lorafit.checkpoint import load_checkpoint, save_checkpoint
+from lorafit.checkpoint import load_run, save_checkpoint
 from lorafit.errors import reason
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.error = error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        return load_checkpoint(path, map_location)
+        return load_run(path, map_location)
 
 
 _OF_A_GROUP = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")

@@ -25,6 +25,7 @@ from lorafit.checkpoint import (
     Unfit,
     device_random_state,
     load_checkpoint,
+    load_run,
     newest_checkpoint,
     random_state,
     require_counts,
@@ -188,7 +189,7 @@ def test_a_checkpoint_that_claims_more_than_it_holds_is_refused(tmp_path: Path) 
 def test_a_checkpoint_without_its_parts_is_refused(broken: Any, tmp_path: Path) -> None:
     torch.save(state() | broken if isinstance(broken, dict) and broken else broken, tmp_path / LAST)
     with pytest.raises(InputError, match="remove it to begin anew"):
-        load_checkpoint(tmp_path / LAST)
+        load_run(tmp_path / LAST)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])

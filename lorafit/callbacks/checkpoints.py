@@ -23,7 +23,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lorafit.checkpoint import BEST, LAST, PREVIOUS, Unfit, load_checkpoint, require_like
+from lorafit.checkpoint import BEST, LAST, PREVIOUS, Unfit, load_run, require_like
 from lorafit.datamodule import FinetuneDataModule
 from lorafit.errors import InputError, reason
 from lorafit.evaluation import evaluate_loss
@@ -130,7 +130,7 @@ class Checkpoints(L.Callback):
         """
         for path in (self.last, self.previous, self.best):
             with contextlib.suppress(OSError, InputError):  # one that is damaged is told when it is to be gone on with
-                step = int(load_checkpoint(path)["global_step"])
+                step = int(load_run(path)["global_step"])
                 if step >= bad_from - 1:
                     os.replace(path, self.folder / "diverged.ckpt")
                     continue
