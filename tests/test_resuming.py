@@ -319,14 +319,15 @@ def test_a_name_that_cannot_have_changed_is_answered_with_the_nearest(name: str)
 # --- damaged checkpoints ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["cut off", "a flipped bit", "empty", "missing"])
+@pytest.mark.parametrize("how", ["cut off", "flipped bits", "empty", "missing"])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(how: str) -> None:
     last = Path("run/checkpoints/last.ckpt")
     content = bytearray(last.read_bytes())
     if how == "missing":
         last.unlink()
-    elif how == "a flipped bit":
-        content[len(content) // 2] ^= 4
+    elif how == "flipped bits":
+        for place in range(0, len(content), 997):  # a single one may lie in the padding between two parts
+            content[place] ^= 4
         last.write_bytes(content)
     else:
         last.write_bytes(content[: len(content) // 2 if how == "cut off" else 0])
