@@ -7,7 +7,7 @@ changed, and no random number is used up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorafit.lora import LoRAEmbedding
 from lorafit.loss import supervised_loss
+from lorafit.memory import tensors_in
 from lorafit.quant import dequantize, is_quantized
 
 
@@ -69,9 +70,9 @@ def first_nonfinite_module(model: nn.Module, batches: Iterable[Any]) -> Finding 
 
 def _watch(name: str, around: nn.Module) -> Any:
     def look(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        if all(_finite(tensor) for tensor in _tensors(output)):
+        if all(_finite(tensor) for tensor in tensors_in(output)):
             return
-        clean = all(_finite(tensor) for tensor in _tensors((inputs, named)))
+        clean = all(_finite(tensor) for tensor in tensors_in((inputs, named)))
         if isinstance(around, LoRAEmbedding) and _bad_weight(around.lora_A) is not None:
             # whose rows are looked up, so that it has no output of its own
             raise _Found(Finding(f"{name.rpartition('.')[0]}.lora_A", _bad_weight(around.lora_A), False))
@@ -91,15 +92,3 @@ def _bad_weight(module: nn.Module) -> str | None:
 
 def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

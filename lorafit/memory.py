@@ -36,20 +36,21 @@ def _bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
     return total
 
 
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
 def optimizer_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     """Every tensor of an optimizer's state, lists and nested values included."""
-
-    def walk(value: object) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            for item in value.values():
-                yield from walk(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                yield from walk(item)
-
-    yield from walk(dict(optimizer.state))
+    return tensors_in(dict(optimizer.state))
 
 
 def memory_by_part(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, int]:
