@@ -138,7 +138,9 @@ def forked(
         "program": program,
         "arguments": list(arguments),
         "before": pickle.dumps(before),  # unpickled in the child: the server is to import nothing of the tests
-        "environment": dict(os.environ) | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1"},
+        # not the W&B service of this process, where a test has started one: it is not the program's to break
+        "environment": {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+        | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1"},
         "path": sys.path,
         "cwd": os.getcwd(),
         "out": str(folder / "out"),

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +24,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from faulty import both, failing, forked, without_roots_rights
 
@@ -159,10 +157,12 @@ def make_read_only(folder: str) -> None:
         path.chmod(0o555 if path.is_dir() else 0o444)
 
 
-def end_service(signum: int) -> None:
-    """Send a signal to the process in which W&B writes."""
-    [service] = [process for process in psutil.Process().children(recursive=True) if process.name() == "wandb-core"]
-    service.send_signal(signum)
+def kill_service() -> None:
+    """Kill the process in which W&B writes."""
+    from wandb.sdk import wandb_setup
+
+    connection: Any = wandb_setup.singleton()._connection
+    connection._proc._process.kill()
 
 
 # ------------------------------------------------------------------------------------------------- while it trains
@@ -376,7 +376,7 @@ def test_a_logger_that_raises_is_told_of_once_and_left_out(caplog: pytest.LogCap
 
 
 def test_a_run_whose_w_and_b_service_is_killed_ends_well_and_says_so(run: str) -> None:
-    killed = at_batch(3, functools.partial(end_service, signal.SIGKILL))
+    killed = at_batch(3, kill_service)
     code, _, err = train(f"hydra.run.dir={run}", before=killed, logger="wandb")
     assert code == 0, err
     told = [err.count("WandbLogger fails"), err.count("W&B cannot finish its run")]
