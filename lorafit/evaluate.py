@@ -19,7 +19,7 @@ from lorafit.build import adapter_folders, build_data, load_base, refuse_foreign
 from lorafit.config import Config
 from lorafit.launch import start
 from lorafit.measuring import measure, retention_text
-from lorafit.train import write_samples
+from lorafit.results import write_samples
 
 if TYPE_CHECKING:
     from rich.table import Table

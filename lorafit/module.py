@@ -414,6 +414,15 @@ class FinetuneModule(L.LightningModule):
         """A and B of every layer, and what else of the adapter is trained."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def not_finite(self) -> list[str]:
+        """The names of what is trained and holds a number that is not finite, by one transfer from the device."""
+        trained = {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if not trained:
+            return []
+        norms = torch._foreach_norm(list(trained.values()), torch.inf)
+        good = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()
+        return [name.removeprefix("model.") for name, finite in zip(trained, good, strict=True) if not finite]
+
     def _make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return self.optimizer_class(parameters, **dict(self.options.optimizer_args or {}))
 

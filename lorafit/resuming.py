@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_RESULTS = ("adapter", "checkpoints", "metrics.json", "history.jsonl", "samples.jsonl")
 RUNS = "outputs/*/*"  # where runs lie that were given no folder (conf/train.yaml)
 
 
@@ -164,24 +165,36 @@ def find_checkpoint(config: Config) -> Found | None:
     return found
 
 
-def clear_up(folder: Path, found: Found | None) -> None:
-    """Before a run writes checkpoints in its folder: put damaged ones aside, lest one be kept as the one before the
-    last; take away what a killed writer has left; and where the run begins anew, put the checkpoints of the one that
-    was here before into checkpoints.old."""
+def settle(folder: Path, found: Found | None) -> None:
+    """Before a run writes into its folder: where it goes on there, put damaged checkpoints aside, lest one be kept as
+    the one before the last, and take away what a killed writer has left; where it begins anew, put aside what an
+    earlier run has left. Raises OSError where the folder does not let it."""
     home = folder / "checkpoints"
+    if found is None or found.path.parent.resolve() != home.resolve():
+        set_aside(folder)
+        return
     try:
         clear_drafts(home)
-        if found is None or found.path.parent.resolve() != home.resolve():
-            if any(home.glob("*.ckpt")):
-                names = (f"checkpoints.old{number}" for number in itertools.chain([""], itertools.count(2)))
-                aside = next(place for name in names if not (place := folder / name).exists())
-                os.replace(home, aside)
-                log.warning(f"{folder} held the checkpoints of an earlier run: they are in {aside} now")
-            return
         for path in found.damaged:
             os.replace(path, path.with_suffix(".damaged"))
     except OSError as error:
         log.warning(f"{home} cannot be cleared up ({error.strerror})")
+
+
+def set_aside(folder: Path) -> None:
+    """Rename what a run would replace in its folder: adapter/ becomes adapter.old/, metrics.json metrics.old.json, or
+    .old2 where that is taken. Nothing where there is neither an adapter nor a checkpoint: the rest says little then."""
+    if not os.path.lexists(folder / "adapter") and not any((folder / "checkpoints").glob("*.ckpt")):
+        return
+    there = [path for name in _RESULTS if os.path.lexists(path := folder / name)]
+    for number in itertools.chain([""], itertools.count(2)):
+        aside = {path: path.with_name(f"{path.stem}.old{number}{path.suffix}") for path in there}
+        if not any(os.path.lexists(place) for place in aside.values()):
+            break
+    for path, place in aside.items():  # in its own folder, or a read-only one could not be renamed
+        os.replace(path, place)
+    names = ", ".join(place.name for place in aside.values())
+    log.warning(f"{folder} held an earlier run, which is not replaced: what it left is called {names} now")
 
 
 # ------------------------------------------------------------------------------------------------ which run is it?

@@ -26,8 +26,8 @@ from lorafit.checkpoint import load_checkpoint, newest_checkpoint
 from lorafit.data.loader import ResumableLoader
 from lorafit.errors import DivergedError, InputError
 from lorafit.module import FinetuneModule
-from lorafit.train import restoring
 from lorafit.trainer import build_trainer, quiet_libraries
+from lorafit.training import restoring
 
 
 class Canary:

@@ -213,14 +213,14 @@ def test_a_run_whose_folder_becomes_read_only_is_saved_elsewhere_and_goes_on_to_
 def _unable_to_complete() -> None:
     import lorafit.train as program
 
-    write = program._write_metrics
+    write = program.write_metrics
 
     def refusing(folder: Path, metrics: dict[str, Any]) -> None:
         if metrics["status"] == "completed":
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         write(folder, metrics)
 
-    program._write_metrics = refusing
+    program.write_metrics = refusing
 
 
 def test_a_run_whose_metrics_alone_cannot_be_written_is_not_saved_until_it_is_completed(run: str) -> None:

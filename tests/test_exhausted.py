@@ -195,7 +195,7 @@ def test_a_process_that_reads_data_and_is_killed_ends_with_4_and_advises_none(mo
     ("place", "doing", "advised"),
     [
         ("lorafit.sweep.load_base", "loading the base", "quant=nf4"),
-        ("lorafit.train.measure", "measuring", "data.eval_batch_size=3"),
+        ("lorafit.training.measure", "measuring", "data.eval_batch_size=3"),
         ("lorafit.adapter.save_adapter", "saving the adapter", "optimizer=adamw_8bit"),
     ],
 )

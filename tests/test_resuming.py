@@ -161,11 +161,25 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew() -> Non
     assert adapter("run") == adapter("whole")
 
 
-def test_a_new_run_in_an_old_folder_puts_the_old_checkpoints_aside() -> None:
+def test_a_new_run_in_an_old_folder_puts_aside_what_the_old_one_left() -> None:
     code, _, err = stopped(1, *COMMAND, "seed=1", "hydra.run.dir=run")
-    assert code == 143 and "run/checkpoints.old now" in err
+    assert code == 143 and "checkpoints.old, metrics.old.json, history.old.jsonl" in err
     assert load_checkpoint("run/checkpoints.old/last.ckpt")["global_step"] == STOPPED_AT
     assert not Path("run/checkpoints/previous.ckpt").exists()  # or it could be taken for this run's
+
+
+def test_a_run_repeated_in_its_folder_keeps_the_adapters_of_all() -> None:
+    whole = {name: Path("whole", name).read_bytes() for name in ("metrics.json", "history.jsonl", "samples.jsonl")}
+    shutil.copytree("whole", "again")
+    for times in (1, 2):
+        code, _, err = program(*COMMAND, f"seed={times}", "hydra.run.dir=again")
+        assert code == 0 and "held an earlier run, which is not replaced" in err
+    again = Path("again")
+    assert (again / "adapter.old" / "adapter_model.safetensors").read_bytes() == adapter("whole")
+    assert all((again / name.replace(".", ".old.")).read_bytes() == content for name, content in whole.items())
+    seeds = [json.loads((again / f"metrics{which}.json").read_text())["seed"] for which in ("", ".old2")]
+    assert seeds == [2, 1]
+    assert adapter("again") != (again / "adapter.old2" / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_run_that_is_at_work_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,16 +34,16 @@ STEP = "lorafit.module:FinetuneModule.training_step"
 # where it stands: what pauses there, and how many steps its checkpoint has then (None: it has none yet)
 PHASES = {
     "reading the command": (pausing("lorafit.launch:prepare", "here"), None),
-    "importing": (pausing("lorafit.train:fine_tune", "here"), None),
+    "importing": (pausing("lorafit.training:fine_tune", "here"), None),
     "reading data": (pausing("lorafit.sweep:build_data", "here"), None),
-    "measuring the base": (pausing("lorafit.train:measure", "here"), None),
+    "measuring the base": (pausing("lorafit.training:measure", "here"), None),
     "in a step": (pausing(STEP, "here", (6,)), 3),
     "in an accumulation": (pausing(STEP, "here", (5,)), 3),
     "validating": (pausing("lorafit.module:FinetuneModule.validation_step", "here", (3,)), 2),
     "writing a checkpoint": (pausing("lorafit.checkpoint:torch.save", "here", (2,)), 4),
-    "measuring the adapter": (pausing("lorafit.train:measure", "here", (2,)), 8),
+    "measuring the adapter": (pausing("lorafit.training:measure", "here", (2,)), 8),
     "saving the adapter": (pausing("lorafit.adapter:replace_folder", "here"), 8),
-    "after it is saved": (pausing("lorafit.train:log_results", "here"), 8),
+    "after it is saved": (pausing("lorafit.training:log_results", "here"), 8),
 }
 
 

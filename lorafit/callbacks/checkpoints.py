@@ -87,7 +87,9 @@ class Checkpoints(L.Callback):
         """Write last.ckpt; whether it was written."""
         if self.finite is not None and self.finite.skipped_in_a_row:
             return False
-        if not _is_finite(trainer.lightning_module):
+        module = trainer.lightning_module
+        assert isinstance(module, FinetuneModule)
+        if module.not_finite():
             log.warning(f"there is no checkpoint of step {trainer.global_step}: the adapter is not finite any more")
             return False
         writer = trainer.strategy.checkpoint_io
@@ -222,10 +224,3 @@ class Checkpoints(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_loss, self._validated_step = state_dict["best_loss"], state_dict["validated_step"]
-
-
-def _is_finite(pl_module: L.LightningModule) -> bool:
-    """Whether all that is trained is finite, in one transfer from the device."""
-    assert isinstance(pl_module, FinetuneModule)
-    norms = torch._foreach_norm([parameter.detach() for parameter in pl_module.trainable_parameters()], torch.inf)
-    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
