@@ -20,6 +20,7 @@ from typing import Any
 from lorafit.config import Config
 from lorafit.errors import InputError, near_path
 from lorafit.launch import start
+from lorafit.redact import redact
 from lorafit.reporting.choice import name_of, value_of, weigh
 from lorafit.reporting.page import report_page, shown_metrics, spelled, summary
 from lorafit.reporting.runs import Found, Run, find_runs
@@ -46,7 +47,8 @@ def run(config: Config, folder: Path) -> None:
     require_runs(read, root)
     found = study(read, metric=config.report.metric, kept=config.report.kept)
     title = root.resolve().name or str(root.resolve())
-    page, rows = report_page(title, read.runs, found), report_csv(read.runs, found)
+    # redacted, since other versions and other programs may have recorded what they should not
+    page, rows = redact(report_page(title, read.runs, found)), redact(report_csv(read.runs, found))
     write_json(folder / "report.json", found)
     write_atomically(folder / "report.csv", lambda file: file.write(rows.encode(errors="backslashreplace")))
     write_atomically(folder / "report.html", lambda file: file.write(page.encode(errors="backslashreplace")))

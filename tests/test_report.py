@@ -721,6 +721,20 @@ def test_the_terminal_gets_no_sign_that_moves_it(hostile: Path, tmp_path: Path) 
 # ------------------------------------------------------------------------------------------------------------- programs
 
 
+def test_a_report_masks_secrets_that_others_have_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = "mark-5c1e-of-a-secret"
+    for rank in (4, 8):
+        make_run(tmp_path / "sweep" / f"rank={rank}", f"rank={rank}", f"logger.project={mark}", loss=1.0 / rank)
+    make_run(tmp_path / "sweep" / "rank=2", "rank=2", error=f"no key {mark}", status="failed")
+    monkeypatch.setenv("HF_TOKEN", mark)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_program(report, "sweep")
+    assert code == 0, err
+    written = [(tmp_path / "sweep" / f"report.{kind}").read_text() for kind in ("html", "csv", "json")]
+    assert all(mark not in text and "***" in text for text in (written[0], written[2]))
+    assert mark not in written[1] + out + err
+
+
 def test_the_program_leaves_a_page_a_table_and_the_numbers(sweep: Path) -> None:
     (sweep / "empty").mkdir()
     code, out, err = run_program(report, str(sweep))
