@@ -15,6 +15,10 @@ os.environ |= {
     "WANDB_SILENT": "true",
 }
 
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:  # with more threads than processors each waits for the others, spinning
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
