@@ -129,6 +129,7 @@ class Found:
     step: int  # how many optimizer steps it has taken
     run: Any  # what it says of the run that it belongs to
     damaged: dict[Path, str]
+    validated: int | None = None  # the last step whose held-out loss it knows of; None where it does not say
 
 
 def newest_checkpoint(folder: str | Path) -> Found | None:
@@ -141,12 +142,23 @@ def newest_checkpoint(folder: str | Path) -> Found | None:
             continue
         try:
             state = load_run(path)
-            return Found(path, int(state["global_step"]), state.get("run"), damaged)
+            return Found(path, int(state["global_step"]), state.get("run"), damaged, _validated_step(state))
         except InputError as error:
             damaged[path] = str(error)
     if damaged:
         raise InputError("\n".join(damaged.values()))
     return None
+
+
+def _validated_step(state: dict[str, Any]) -> int | None:
+    """What the callback that validates has noted; the file may be a stranger's."""
+    states = state.get("callbacks")
+    noted = (
+        [part.get("validated_step") for part in states.values() if isinstance(part, dict)]
+        if isinstance(states, dict)
+        else []
+    )
+    return next((step for step in noted if isinstance(step, int)), None)
 
 
 def require_like(found: object, own: object, what: str) -> None:

@@ -11,6 +11,7 @@ memory left, and their parent lives on to tell.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ class OutOfMemory:
         if killed:
             what = f"out of memory: a process that reads data was killed, as when the host has none left ({said})"
         way_on = ""
-        if self.doing in (MEASURING, SAVING) and self.checkpoint.exists():
+        if self.doing in (MEASURING, SAVING) and os.path.exists(self.checkpoint):
             way_on = f". The run goes on from its last checkpoint with resume={self.checkpoint.parent.parent}"
         return MemoryExhausted(
             f"{what}. It held {', '.join(held)}. Any of these lowers it, best first: {'; '.join(settings)}{way_on}"

@@ -71,12 +71,14 @@ class Jobs:
             _running = None
 
     def _alone(self, values: DictConfig, hydra_config: Any, folder: Path) -> float | None:
+        # in a folder that is another run's, only when it is put aside: this command may be refused
+        records = self.records and not _is_taken(folder)
         try:
-            if self.records:  # first of all: a run that is killed, or refused, has it
+            if records:  # first of all: a run that is killed, or refused, has it
                 with before_training(folder):
                     record_command(folder)
             config = _checked(values, hydra_config)
-            if self.records:
+            if records:
                 with before_training(folder):
                     record_settings(folder, config)
             return self.run(config, folder)
@@ -126,7 +128,7 @@ class Jobs:
             said = str(error) if isinstance(error, LorafitError) else traceback.format_exc()
             say(f"job {hydra_config.job.num} failed: {said}", error=True)
             _free(error)
-            told = str(error) if isinstance(error, LorafitError) else f"{type(error).__name__}: {error}"
+            told = redact(str(error) if isinstance(error, LorafitError) else f"{type(error).__name__}: {error}")
             refused = self.job is not None and not isinstance(error, BusyError)
             if refused and not (folder / "metrics.json").exists():  # before it was called
                 with contextlib.suppress(OSError):  # it may be the disk that was refused
@@ -136,6 +138,14 @@ class Jobs:
             said = f"something in it ended the program (exit code {end.code})"
             say(f"job {hydra_config.job.num} failed: {said}", error=True)
             return {"error": said, "exit_code": 1}
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether a folder holds a run, or a process is at work in it."""
+    from lorafit.resuming import holds_a_run
+    from lorafit.sweep import is_busy
+
+    return holds_a_run(folder) or is_busy(folder)
 
 
 def _log_while_possible() -> None:

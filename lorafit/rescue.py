@@ -73,11 +73,17 @@ def tried_twice(write: Callable[[], object], folder: Path, what: str) -> OSError
                 return error
             log.warning(f"{folder} does not take {what} ({error.strerror or reason(error)}): trying again")
             time.sleep(AGAIN_SECONDS)
-            clear_drafts(folder)
-            clear_drafts(folder / "checkpoints")
-            for draft in folder.glob(".adapter-*"):
-                shutil.rmtree(draft, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                clear_run_drafts(folder)
     raise AssertionError("unreachable")
+
+
+def clear_run_drafts(folder: Path) -> None:
+    """Remove what killed writers have left in a run folder."""
+    for place in (folder, folder / "checkpoints"):
+        clear_drafts(place)
+    for draft in folder.glob(".adapter-????????"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def rescued(write: Callable[[Path], object], error: OSError, folder: Path, resumable: bool) -> NotSaved:

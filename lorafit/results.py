@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from lorafit.module import FinetuneModule
 
 
-def begin_metrics(metrics: dict[str, Any], config: Config) -> None:
-    """What is known before anything is loaded."""
+def begin_metrics(config: Config) -> dict[str, Any]:
+    """What is known before anything is loaded, of a run that has not come to its end."""
     names = ("lorafit", "torch", "transformers", "lightning", "bitsandbytes", "hydra-core", "datasets", "wandb")
-    metrics["seed"] = config.seed
-    metrics["versions"] = {"python": platform.python_version()} | {name: version(name) for name in names}
-    metrics["config_sha256"] = config_sha256(config)
+    return {
+        "status": "failed",
+        "seed": config.seed,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "config_sha256": config_sha256(config),
+    }
 
 
 def describe_model(metrics: dict[str, Any], config: Config, module: FinetuneModule, trainable: int, total: int) -> None:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.config import Config
 from lorafit.errors import InputError
-from lorafit.files import clear_drafts
 from lorafit.redact import redact_values
+from lorafit.rescue import clear_run_drafts
 from lorafit.schema import training_settings
-from lorafit.sweep import is_busy, read_metrics, recorded_sha256
+from lorafit.sweep import has_checkpoint, is_busy, is_completed, recorded_sha256
 
 if TYPE_CHECKING:
     from lorafit.checkpoint import Found
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RESULTS = ("adapter", "checkpoints", "metrics.json", "history.jsonl", "samples.jsonl")
+# what a run leaves that the next one would replace or take for its own; that which tells that there was one comes last,
+# so that a second start completes what a killed one has begun
+_LEFT = (
+    *("samples.jsonl", "history.jsonl", "csv", "wandb/run.json", ".hydra", "metrics.json"),
+    *("checkpoints", "adapter"),
+)
 RUNS = "outputs/*/*"  # where runs lie that were given no folder (conf/train.yaml)
 
 
@@ -166,34 +171,42 @@ def find_checkpoint(config: Config) -> Found | None:
 
 
 def settle(folder: Path, found: Found | None) -> None:
-    """Before a run writes into its folder: where it goes on there, put damaged checkpoints aside, lest one be kept as
-    the one before the last, and take away what a killed writer has left; where it begins anew, put aside what an
-    earlier run has left. Raises OSError where the folder does not let it."""
+    """Before a run writes into its folder: take away what killed writers have left. Where it goes on there, put damaged
+    checkpoints aside, lest one be kept as the one before the last; where it begins anew, put aside what an earlier run
+    has left. Raises OSError where the folder does not let it."""
     home = folder / "checkpoints"
+    try:
+        clear_run_drafts(folder)
+    except OSError as error:
+        log.warning(f"{folder} cannot be cleared up ({error.strerror})")
     if found is None or found.path.parent.resolve() != home.resolve():
         set_aside(folder)
         return
-    try:
-        clear_drafts(home)
-        for path in found.damaged:
-            os.replace(path, path.with_suffix(".damaged"))
-    except OSError as error:
-        log.warning(f"{home} cannot be cleared up ({error.strerror})")
+    aside = {path: path.with_suffix(".damaged") for path in found.damaged}
+    if os.path.lexists(folder / "adapter") and not (folder / "adapter").is_dir():
+        aside[folder / "adapter"] = folder / "adapter.old"  # a file, where the adapter's folder is to be
+    for path, place in aside.items():
+        os.replace(path, place)
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a folder holds what a run was for, an adapter or a checkpoint, whoever put it there."""
+    return os.path.lexists(folder / "adapter") or has_checkpoint(folder)
 
 
 def set_aside(folder: Path) -> None:
-    """Rename what a run would replace in its folder: adapter/ becomes adapter.old/, metrics.json metrics.old.json, or
-    .old2 where that is taken. Nothing where there is neither an adapter nor a checkpoint: the rest says little then."""
-    if not os.path.lexists(folder / "adapter") and not any((folder / "checkpoints").glob("*.ckpt")):
+    """Rename what a run would replace in its folder, where that holds a run: adapter/ becomes adapter.old/,
+    metrics.json metrics.old.json, or .old2 where that is taken."""
+    if not holds_a_run(folder):
         return
-    there = [path for name in _RESULTS if os.path.lexists(path := folder / name)]
+    there = [path for name in _LEFT if os.path.lexists(path := folder / name)]
     for number in itertools.chain([""], itertools.count(2)):
         aside = {path: path.with_name(f"{path.stem}.old{number}{path.suffix}") for path in there}
         if not any(os.path.lexists(place) for place in aside.values()):
             break
     for path, place in aside.items():  # in its own folder, or a read-only one could not be renamed
         os.replace(path, place)
-    names = ", ".join(place.name for place in aside.values())
+    names = ", ".join(place.name for place in aside.values() if place.name[0] != "." and place.parent == folder)
     log.warning(f"{folder} held an earlier run, which is not replaced: what it left is called {names} now")
 
 
@@ -211,9 +224,7 @@ def find_run(sha256: str, folder: Path | None) -> Path | None:
     found = [
         run
         for run in Path().glob(RUNS)
-        if recorded_sha256(run) == sha256
-        and (read_metrics(run).get("status") == "completed" or any((run / "checkpoints").glob("*.ckpt")))
-        and not is_busy(run)
+        if recorded_sha256(run) == sha256 and (is_completed(run) or has_checkpoint(run)) and not is_busy(run)
     ]
     return max(found, key=lambda run: run.stat().st_mtime, default=None)
 
@@ -225,5 +236,4 @@ def is_run(folder: Path) -> bool:
 
 def is_done(folder: Path, sha256: str) -> bool:
     """Whether the run of these settings in a folder has come to its end."""
-    done = read_metrics(folder).get("status") == "completed" and (folder / "adapter" / "adapter_config.json").is_file()
-    return done and recorded_sha256(folder) == sha256
+    return is_completed(folder) and recorded_sha256(folder) == sha256

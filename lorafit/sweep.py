@@ -80,6 +80,17 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return kept | ({"rungs": numbers} if "rungs" in kept else {})
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is one in a run folder that the run could go on from."""
+    return any((folder / "checkpoints").glob("*.ckpt"))
+
+
+def is_completed(folder: Path) -> bool:
+    """Whether a run has come to its end in a folder, its adapter with it."""
+    adapter = folder / "adapter" / "adapter_config.json"
+    return read_metrics(folder).get("status") == "completed" and adapter.is_file()
+
+
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
     """What a plain file of a reasonable size says; None where it says nothing."""
     try:
@@ -114,7 +125,7 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     of other settings.
     """
     metrics, known = read_metrics(folder), recorded_sha256(folder)
-    if known is None or (metrics.get("status") == "failed" and not _has_checkpoint(folder)):
+    if known is None or (metrics.get("status") == "failed" and not has_checkpoint(folder)):
         return None
     if known != config_sha256(config):
         raise InputError(
@@ -124,7 +135,7 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     status, rungs = metrics.get("status"), metrics.get("rungs", {})
     if until is not None and str(until) in rungs:
         return rungs[str(until)]
-    if status == "completed" and (folder / "adapter" / "adapter_config.json").is_file():
+    if is_completed(folder):
         loss = metrics.get("after", {}).get("loss")
         return float(loss) if until is None and _is_number(loss) else math.nan
     for kind in (DivergedError, MemoryExhausted):
@@ -156,14 +167,10 @@ def _differing(config: Config, folder: Path) -> str:
     return f" ({told})" if told else ""
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("*.ckpt"))
-
-
 def resumed(config: Config, folder: Path) -> Config:
     """The configuration with which the job in `folder` goes on, or begins: where nobody knows by which settings its
     checkpoint came about, it begins anew."""
-    if not _has_checkpoint(folder) or recorded_sha256(folder) != config_sha256(config):
+    if not has_checkpoint(folder) or recorded_sha256(folder) != config_sha256(config):
         return config
     config = copy.copy(config)
     config.resume = str(folder)

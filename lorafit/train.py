@@ -17,21 +17,32 @@ import contextlib
 import logging
 import math
 import shlex
+import sys
 from pathlib import Path
-from typing import Any
 
 from lorafit.build import is_main_process
 from lorafit.config import Config, config_sha256
-from lorafit.errors import InputError, LorafitError, MemoryExhausted, NotSaved, Stopped
+from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, NotLearning, NotSaved, Stopped
 from lorafit.jobs import record_settings
 from lorafit.launch import start
 from lorafit.rescue import before_training, remedy, tried_twice
-from lorafit.results import begin_metrics, note_metrics, write_metrics
-from lorafit.resuming import set_aside
+from lorafit.results import note_metrics, write_metrics
+from lorafit.resuming import holds_a_run, set_aside
 from lorafit.stopping import stopped_by
-from lorafit.sweep import Beyond, Job, Shared, alone, read_metrics, recorded_result, resumed, sweep_of
+from lorafit.sweep import (
+    Beyond,
+    Job,
+    Shared,
+    alone,
+    has_checkpoint,
+    is_completed,
+    read_metrics,
+    recorded_result,
+    resumed,
+    sweep_of,
+)
 from lorafit.terminal import say
-from lorafit.training import fine_tune
+from lorafit.training import Run, fine_tune
 
 log = logging.getLogger(__name__)
 
@@ -46,20 +57,20 @@ def main() -> None:
 def run(config: Config, folder: Path) -> float:
     """One run by itself: returns the held-out loss after training. Whatever happens, metrics.json says how it ended;
     after wrong input nothing half written is left."""
-    sweep, main = sweep_of(folder) if config.resume else None, is_main_process()
+    sweep = sweep_of(folder) if config.resume else None
     job = Job(sweep, rungs=read_metrics(folder).get("rungs", {})) if sweep is not None else None
-    with alone(folder) if main else contextlib.nullcontext():
+    with alone(folder) if is_main_process() else contextlib.nullcontext():
+        this = Run(config, folder, Shared(), job)
         try:
-            return _recorded(config, folder, Shared(), job)
+            return _recorded(this)
         except Stopped:
-            if main and any((folder / "checkpoints").glob("*.ckpt")):
+            if this.taken and has_checkpoint(folder):
                 log.warning(f"it goes on from its last checkpoint with {shlex.quote(f'resume={folder}')}")
             raise
         except InputError as error:
-            left = read_metrics(folder)
-            if main and not config.resume and left.get("status") == Stopped.status:
-                if any((folder / "checkpoints").glob("*.ckpt")):  # a bad row that a stream has come to
-                    note_metrics(folder, left | {"status": error.status, "error": str(error)})
+            if this.taken and not config.resume:
+                if has_checkpoint(folder):  # a bad row that a stream has come to
+                    note_metrics(folder, this.metrics | {"status": error.status, "error": str(error)})
                 else:
                     (folder / "metrics.json").unlink(missing_ok=True)
             raise
@@ -75,13 +86,12 @@ def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> f
             say(f"done already: held-out loss {found:.4g}" if math.isfinite(found) else "done already")
             return found
         before, going_on = read_metrics(folder), resumed(config, folder)
-        if going_on.resume is None:  # a checkpoint of nobody knows which settings is not to be found here later
-            with before_training(folder):
-                set_aside(folder)
         with before_training(folder):
+            if going_on.resume is None:  # a checkpoint of nobody knows which settings is not to be found here later
+                set_aside(folder)
             record_settings(folder, config)
         try:
-            return _recorded(going_on, folder, _SHARED, Job(sweep, until, before.get("rungs", {})))
+            return _recorded(Run(going_on, folder, _SHARED, Job(sweep, until, before.get("rungs", {}))))
         except Beyond:
             say("it has come further already")
             return math.nan
@@ -93,35 +103,52 @@ def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> f
             _SHARED.give_back()
 
 
-def _recorded(config: Config, folder: Path, shared: Shared, job: Job | None) -> float:
+def _recorded(this: Run) -> float:
     """`fine_tune`, with metrics.json written however it ends; for wrong input that is left to the caller."""
-    metrics: dict[str, Any] = {"status": "failed"}
-    begin_metrics(metrics, config)
-    if job is not None and job.rungs:
-        metrics["rungs"] = job.rungs
     if not is_main_process():
-        return fine_tune(config, folder, metrics, shared, job)
+        return _in_group(this)
     try:
-        loss = fine_tune(config, folder, metrics, shared, job)
+        loss = fine_tune(this)
     except (InputError, Beyond):
         raise
-    except (LorafitError, Stopped) as error:
+    except (Exception, Stopped) as error:
+        stop = stopped_by()
         if isinstance(error, MemoryExhausted):
-            shared.forget()
-        note_metrics(folder, metrics | {"status": error.status, "error": str(error)})
-        raise
-    except Exception as error:
-        if (stop := stopped_by()) is not None:  # a library has made another error of it
-            note_metrics(folder, metrics | {"status": stop.status, "error": str(stop)})
+            this.shared.forget()
+        if isinstance(error, LorafitError | Stopped):
+            _note(this, error.status, str(error))
+        elif stop is not None:  # a library has made another error of it
+            _note(this, stop.status, str(stop))
             raise stop from error
-        note_metrics(folder, metrics | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        else:
+            _note(this, "failed", f"{type(error).__name__}: {error}")
         raise
-    if (refused := tried_twice(lambda: write_metrics(folder, metrics), folder, "metrics.json")) is not None:
+    folder = this.folder
+    refused = tried_twice(lambda: write_metrics(folder, this.metrics), folder, "metrics.json")
+    if refused is not None:
         raise NotSaved(
             f"{folder} does not take metrics.json ({refused.strerror}), without which the run looks unfinished. To "
             f"complete it, {remedy(refused)} and give resume={folder}"
         )
     return loss
+
+
+def _note(this: Run, status: str, error: str) -> None:
+    """Write into metrics.json how a run has failed. Before the folder is its own: not over what another run has left
+    there, nor over the result of the run that it was to go on with."""
+    if this.taken or not holds_a_run(this.folder):
+        note_metrics(this.folder, this.metrics | {"status": status, "error": error})
+    elif this.goes_on_here and not is_completed(this.folder):
+        note_metrics(this.folder, read_metrics(this.folder) | {"status": status, "error": error})
+
+
+def _in_group(this: Run) -> float:
+    """`fine_tune` in a process other than the first of several. It ends well where all of them have come to the same
+    end: Lightning kills the first one when another fails, and that has to write down what happened."""
+    try:
+        return fine_tune(this)
+    except (DivergedError, NotLearning, Stopped):
+        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import subprocess
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import subprocess_script
@@ -55,6 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return load_run(path, map_location)
 
 
+WAIT_SECONDS = 60.0  # how long the other processes of a group may take to end after the first one
 _OF_A_GROUP = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
@@ -68,19 +71,22 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
     def __init__(self, environment: ClusterEnvironment, processes: int, nodes: int, command: Sequence[str]) -> None:
         super().__init__(environment, processes, nodes)
         self.command = list(command)
+        self.observer: Any = None
 
     def launch(self, function: Any, *args: Any, trainer: L.Trainer | None = None, **kwargs: Any) -> Any:
         if self.cluster_environment.creates_processes_externally:  # by torchrun, SLURM, or the process that began
             return super().launch(function, *args, trainer=trainer, **kwargs)
         before = {name: os.environ.get(name) for name in _OF_A_GROUP}
         threads, lightnings = torch.get_num_threads(), subprocess_script._hydra_subprocess_cmd
+        watch = subprocess_script._launch_process_observer
         subprocess_script._hydra_subprocess_cmd = lambda local_rank: (self.command, os.getcwd())
+        subprocess_script._launch_process_observer = self._observe  # type: ignore[assignment]
         try:
             return super().launch(function, *args, trainer=trainer, **kwargs)
         finally:
             subprocess_script._hydra_subprocess_cmd = lightnings
-            for process in self.procs:
-                process.wait(60)
+            subprocess_script._launch_process_observer = watch
+            self._end_others()
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
             for name, value in before.items():
@@ -90,9 +96,29 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
                     os.environ[name] = value
             torch.set_num_threads(threads)
 
+    def _observe(self, processes: list[subprocess.Popen]) -> None:
+        """Lightning's watch over the others, which kills this process when one of them has failed: a collective would
+        wait for it for ever."""
+        self.observer = _ChildProcessObserver(os.getpid(), list(processes))
+        self.observer.start()
+
+    def _end_others(self) -> None:
+        """Wait for the others, and kill who still waits for this process, which may have failed alone."""
+        if self.observer is not None:
+            self.observer._child_processes = []  # what becomes of them is no reason any more to kill this one
+        for process in self.procs:
+            try:
+                process.wait(WAIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.warning(f"a process of the group has not ended in {WAIT_SECONDS:g} s: it is killed")
+            finally:  # a second signal does not wait either
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
 
 class JobDDP(DDPStrategy):
-    """Data-parallel training of one job of a sweep; `command` runs the same job in the other processes."""
+    """Data-parallel training of one run, or job of a sweep; `command` runs the same in the other processes."""
 
     def __init__(self, command: Sequence[str]) -> None:
         super().__init__()

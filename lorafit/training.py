@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import shlex
 import sys
 import time
@@ -31,6 +32,7 @@ from lorafit.jobs import config_folder, given_overrides, record_settings
 from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
 from lorafit.rescue import before_training, only_told, rescued, tried_twice
 from lorafit.results import (
+    begin_metrics,
     describe_model,
     effective_ranks,
     log_labels,
@@ -40,27 +42,31 @@ from lorafit.results import (
     write_samples,
 )
 from lorafit.resuming import find_checkpoint, identity, require_same, settle
-from lorafit.sweep import Beyond, Job, Shared, read_metrics
+from lorafit.sweep import Beyond, Job, Shared, is_completed
 from lorafit.terminal import console
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from lorafit.callbacks import StopOnSignal
+    from lorafit.callbacks import Checkpoints, SkipNonFinite, StopOnSignal
     from lorafit.checkpoint import Found
     from lorafit.datamodule import FinetuneDataModule
+    from lorafit.exhausted import OutOfMemory
+    from lorafit.isolation import Isolation
     from lorafit.module import FinetuneModule
 
 log = logging.getLogger(__name__)
 
 
-def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Shared, job: Job | None) -> float:
-    """The run from top to bottom; fills `metrics` as it goes. Returns the held-out loss at its end, or where a sweep
-    looks at it early."""
-    began = time.perf_counter()  # before the heavy imports, which are a part of what it takes to start
-    from lorafit.callbacks import StopOnSignal
+def fine_tune(run: Run) -> float:
+    """A run from top to bottom. Returns the held-out loss at its end, or where a sweep looks at it early."""
+    from lorafit.callbacks import Checkpoints, SkipNonFinite, StopOnSignal
+    from lorafit.exhausted import OutOfMemory
 
-    run = Run(config, folder, metrics, shared, job, began)
+    given = run.config.trainer
+    run.finite = SkipNonFinite(given.max_skipped_steps)
+    run.checkpoints = Checkpoints(run.folder / "checkpoints", given.checkpoint_every_n_steps, finite=run.finite)
+    run.memory_ends = OutOfMemory(run.config, run.metrics, run.checkpoints.last)
     with StopOnSignal(run.checkpoints) as signals, run.memory_ends.told(), contextlib.ExitStack() as stack:
         run.prepare()
         run.announce()
@@ -80,38 +86,48 @@ def fine_tune(config: Config, folder: Path, metrics: dict[str, Any], shared: Sha
         run.measure_adapter()
         run.save()
         run.tell()
-    return metrics["after"]["loss"]
+    return run.metrics["after"]["loss"]
 
 
 class Run:
-    """What a run knows. Its methods are called in the order in which they stand, each once.
+    """What a run knows. Its methods are called by `fine_tune`, in the order in which they stand, each once.
 
-    config: its `resume` becomes None where there is no checkpoint to go on from. metrics: the parts of metrics.json,
-    filled as the run finds them out. began: when the run did, by time.perf_counter().
+    shared: what it has in common with the other jobs of its process. job: which job of a sweep it is. `metrics` are the
+    parts of metrics.json, filled as they are found out. `taken`: whether its folder is its own by now; before that
+    nothing in it is touched.
     """
 
+    finite: SkipNonFinite
+    checkpoints: Checkpoints
+    memory_ends: OutOfMemory
+
+    # of `prepare`
     data: FinetuneDataModule
     module: FinetuneModule
     found: Found | None  # the checkpoint it goes on from
+    packing: Isolation | None
+    other_text: list[list[int]]  # token ids of text that has nothing to do with the task
+    trainable: int  # parameters
+    total: int
     steps_per_epoch: int
     steps: int  # optimizer steps in all
     stop: int | None  # after how many of them a sweep looks at it
+    compiled: Any
+
+    answers_before: list[str]
+    rows: list[dict[str, Any]]  # what was logged before the checkpoint
     logger: Any
     trainer: L.Trainer
+    samples: list[dict[str, str]]
 
-    def __init__(
-        self, config: Config, folder: Path, metrics: dict[str, Any], shared: Shared, job: Job | None, began: float
-    ) -> None:
-        from lorafit.callbacks import Checkpoints, SkipNonFinite
-        from lorafit.exhausted import OutOfMemory
-
-        self.config, self.folder, self.metrics, self.shared, self.job = config, folder, metrics, shared, job
-        self.began = began
+    def __init__(self, config: Config, folder: Path, shared: Shared, job: Job | None = None) -> None:
+        self.began = time.perf_counter()  # before the heavy imports, which are a part of what it takes to start
+        self.config, self.folder, self.shared, self.job = config, folder, shared, job
+        self.metrics = begin_metrics(config)
+        if job is not None and job.rungs:
+            self.metrics["rungs"] = job.rungs
+        self.taken = False
         self.terminal = console(quiet=not is_main_process())
-        self.finite = SkipNonFinite(config.trainer.max_skipped_steps)
-        every = config.trainer.checkpoint_every_n_steps
-        self.checkpoints = Checkpoints(folder / "checkpoints", every, finite=self.finite)
-        self.memory_ends = OutOfMemory(config, metrics, self.checkpoints.last)
 
     @property
     def model(self) -> Any:
@@ -169,8 +185,15 @@ class Run:
         """How many processes train."""
         import torch
 
-        given = self.config.trainer.devices
-        return given if isinstance(given, int) else torch.cuda.device_count()
+        given = self.config.trainer
+        if isinstance(given.devices, int):
+            return given.devices
+        return 1 if given.accelerator == "cpu" else max(1, torch.cuda.device_count())
+
+    @property
+    def goes_on_here(self) -> bool:
+        """Whether the run that it goes on with lies in its own folder."""
+        return self.config.resume is not None and Path(self.config.resume).resolve() == self.folder.resolve()
 
     @property
     def resumed_at(self) -> int:
@@ -179,7 +202,7 @@ class Run:
 
     def _require_devices(self) -> None:
         """Raise InputError for what several processes cannot do."""
-        if self.devices <= 1:
+        if self.devices == 1:
             return
         if self.config.resume and self.data.streaming:
             raise InputError(
@@ -200,7 +223,7 @@ class Run:
         from lorafit.trainer import total_steps
 
         # a stream has the length of the run, for each process
-        processes = 1 if self.data.streaming else max(1, self.devices)
+        processes = 1 if self.data.streaming else self.devices
         self.steps_per_epoch = max(1, len(self.data.train_dataloader()) // processes)
         given = self.config.trainer
         self.steps = total_steps(self.steps_per_epoch, given.accumulate_grad_batches, given.max_steps, given.max_epochs)
@@ -253,8 +276,8 @@ class Run:
         """Make the folder this run's, and write into it that a run was begun."""
         with before_training(self.folder):
             settle(self.folder, self.found)
-            if self.found is not None:
-                record_settings(self.folder, self.config)
+            self.taken = True
+            record_settings(self.folder, self.config)
             write_metrics(self.folder, self.metrics | {"status": Stopped.status})
 
     def measure_base(self) -> None:
@@ -269,7 +292,9 @@ class Run:
         from lorafit.callbacks import history_rows
 
         resume = self.config.resume
-        self.rows = history_rows(Path(resume), self.resumed_at) if resume else []
+        self.rows = []
+        if resume and self.found is not None:
+            self.rows = history_rows(Path(resume), self.resumed_at, self.found.validated)
         sweep = self.job.sweep if self.job else None
         with open_logger(self.config, self.folder, sweep=sweep, history=self.rows) as logger:
             yield logger
@@ -299,8 +324,7 @@ class Run:
         except DivergedError as error:
             if self.finite.first_of_row is None or not is_main_process():
                 raise
-            good = self.checkpoints.keep_good(self.finite.first_of_row)
-            raise DivergedError(f"{error}.{last_good(good, self.folder)}") from error
+            raise DivergedError(f"{error}.{self._last_good(self.finite.first_of_row)}") from error
         finally:
             metrics["speed"] = speed.totals()
             metrics["speed"] |= {"skipped_steps": self.finite.skipped, "halved_batches": self.module.halved}
@@ -326,7 +350,7 @@ class Run:
         callbacks += [self.checkpoints, signals]
         if self.stop:
             callbacks.append(PauseAt(self.checkpoints, self.stop))
-        alone = self.job is None or self.devices <= 1
+        command = job_command(self.folder, self.config.resume)
         return build_trainer(
             self.folder,
             batches=self.steps_per_epoch,
@@ -339,7 +363,20 @@ class Run:
             log_every_n_steps=given.log_every_n_steps,
             callbacks=callbacks,
             logger=[*([self.logger] if self.logger else []), History(self.folder, self.rows)],
-            strategy="auto" if alone else JobDDP(job_command(self.folder, self.config.resume)),
+            strategy=JobDDP(command) if self.devices > 1 else "auto",
+        )
+
+    def _last_good(self, bad_from: int) -> str:
+        """What to say of the checkpoint that is left to go on from, when steps from this one on were not finite."""
+        good, run = self.checkpoints.keep_good(bad_from), self.folder
+        if good is None and self.found is not None and self.found.step < bad_from - 1:
+            good, run = (self.found.path, self.found.step), self.found.path.parent.parent  # it came from another folder
+        if good is None:
+            return " It has no checkpoint from before that: begin anew with a lower optimizer.lr"
+        return (
+            f" The last good checkpoint is {good[0]}, of step {good[1]} (one whose next step was not finite is called "
+            f"diverged.ckpt). To go on from it: {shlex.quote(f'resume={run}')} optimizer.lr=LOWER "
+            "'allow_changed=[optimizer.lr]'"
         )
 
     def look(self) -> float:
@@ -383,8 +420,7 @@ class Run:
             if not math.isfinite(metrics["after"]["loss"]):  # finite weights may still overflow
                 raise DivergedError("the held-out loss after training is not finite. Lower optimizer.lr.")
         except DivergedError as error:  # what the last step has made is no good place to go on from
-            good = self.checkpoints.keep_good(self.trainer.global_step + 1)
-            raise DivergedError(f"{error}{last_good(good, self.folder)}") from error
+            raise DivergedError(f"{error}{self._last_good(self.trainer.global_step + 1)}") from error
         self.checkpoints.keep_best(metrics["after"]["loss"])
         metrics["ranks"] = effective_ranks(model)
         if config.ladder:
@@ -413,7 +449,7 @@ class Run:
             log.warning(f"the last checkpoint is not written: {self.checkpoints.failed}")
         refused = tried_twice(lambda: self._save_adapter(self.folder), self.folder, "the adapter")
         if refused is not None:
-            raise rescued(self._save_elsewhere, refused, self.folder, resumable=self.checkpoints.last.exists())
+            raise rescued(self._save_elsewhere, refused, self.folder, resumable=os.path.exists(self.checkpoints.last))
         self.metrics["status"] = "completed"  # only now: without its adapter a run is not
 
     def _save_adapter(self, place: Path) -> None:
@@ -469,8 +505,7 @@ def require_steps(config: Config, steps: int, folder: Path, resumed_at: int) -> 
     warmup = config.scheduler.warmup
     if isinstance(warmup, int) and 0 < steps <= warmup:
         raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
-    done = read_metrics(folder).get("status") == "completed" and (folder / "adapter").is_dir()
-    if resumed_at >= steps and done:
+    if resumed_at >= steps and is_completed(folder):
         raise InputError(
             f"resume: {config.resume!r} is complete: to go on, raise "
             f"trainer.max_steps above {steps}, with 'allow_changed=[trainer.max_steps]'"
@@ -491,17 +526,6 @@ def tokens_of(data: Any, batches: int) -> int:
     examples, tokens = len(data.train_sequences), data.statistics()["train_tokens"]
     each = tokens / examples if examples and not data.packing and not data.streaming else data.encoder.max_length
     return round(batches * data.batch_size * each)
-
-
-def last_good(good: tuple[Path, int] | None, folder: Path) -> str:
-    """What to say of the checkpoint that is left after a run has diverged, and its step."""
-    if good is None:
-        return " It has no checkpoint from before that: begin anew with a lower optimizer.lr"
-    return (
-        f" The last good checkpoint is {good[0]}, of step {good[1]} (one whose next step was not finite is called "
-        f"diverged.ckpt). To go on from it: {shlex.quote(f'resume={folder}')} optimizer.lr=LOWER "
-        "'allow_changed=[optimizer.lr]'"
-    )
 
 
 @contextlib.contextmanager

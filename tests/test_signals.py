@@ -34,7 +34,7 @@ STEP = "lorafit.module:FinetuneModule.training_step"
 # where it stands: what pauses there, and how many steps its checkpoint has then (None: it has none yet)
 PHASES = {
     "reading the command": (pausing("lorafit.launch:prepare", "here"), None),
-    "importing": (pausing("lorafit.training:fine_tune", "here"), None),
+    "importing": (pausing("lorafit.train:fine_tune", "here"), None),
     "reading data": (pausing("lorafit.sweep:build_data", "here"), None),
     "measuring the base": (pausing("lorafit.training:measure", "here"), None),
     "in a step": (pausing(STEP, "here", (6,)), 3),

@@ -108,7 +108,7 @@ class Checkpoints(L.Callback):
             return True
         said = f"{self.folder} ({error.strerror or reason(error)})"
         if self.failed is None:
-            kept = "; the one before it stays" if self.last.exists() else ", and there is none before it"
+            kept = "; the one before it stays" if os.path.exists(self.last) else ", and there is none before it"
             log.warning(
                 f"the checkpoint of step {step} cannot be written to {said}{kept}. The training goes on; what happens "
                 "after the last checkpoint is lost if it is stopped"
@@ -119,7 +119,7 @@ class Checkpoints(L.Callback):
     def keep_best(self, loss: float) -> None:
         """Keep the checkpoint written last as the best one if its held-out loss is the lowest."""
         behind = self.failed is not None or (self.finite is not None and self.finite.skipped_in_a_row > 0)
-        if loss < self.best_loss and not behind and self.last.exists():
+        if loss < self.best_loss and not behind and os.path.exists(self.last):
             self.best_loss = loss
             self._copy_to_best(self.last)
 
@@ -136,24 +136,30 @@ class Checkpoints(L.Callback):
                 if step >= bad_from - 1:
                     os.replace(path, self.folder / "diverged.ckpt")
                     continue
-                if path != self.last:
-                    write_atomically(self.last, lambda file, path=path: file.write(path.read_bytes()))  # type: ignore[misc]
+                if path == self.previous:
+                    os.replace(path, self.last)  # which a full disk takes as well
+                elif path == self.best:
+                    self._copy(path, self.last)
                 return self.last, step
         return None
+
+    @staticmethod
+    def _copy(checkpoint: Path, place: Path) -> None:
+        with checkpoint.open("rb") as source:
+            write_atomically(place, lambda target: shutil.copyfileobj(source, target))
 
     @rank_zero_only
     def _copy_to_best(self, checkpoint: Path) -> None:
         try:
-            with checkpoint.open("rb") as source:
-                write_atomically(self.best, lambda target: shutil.copyfileobj(source, target))
+            self._copy(checkpoint, self.best)
         except OSError as error:
             log.warning(f"{self.best} cannot be written ({error.strerror}): the best checkpoint is not kept")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # a run that goes on in another folder takes the best checkpoint so far with it
-        if self.best_loss < math.inf and not self.best.exists():
+        if self.best_loss < math.inf and not os.path.exists(self.best):
             before = Path(str(trainer.ckpt_path)).with_name(self.best.name)
-            if before.is_file():
+            if os.path.isfile(before):
                 self._copy_to_best(before)
             else:
                 self.best_loss = math.inf
@@ -180,7 +186,7 @@ class Checkpoints(L.Callback):
         log_to_all(trainer, {"eval/loss": loss})
         self._validated_step = trainer.global_step
         best = Path(str(trainer.ckpt_path))
-        if loss < self.best_loss and best.is_file():
+        if loss < self.best_loss and os.path.isfile(best):
             self.best_loss = loss
             self._copy_to_best(best)
 

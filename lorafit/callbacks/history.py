@@ -27,9 +27,13 @@ KEPT = 10_000  # points that wait for the disk, a megabyte or two; of more the o
 log = logging.getLogger(__name__)
 
 
-def history_rows(folder: str | Path, until: int) -> list[dict[str, Any]]:
+def history_rows(folder: str | Path, until: int, validated: int | None = None) -> list[dict[str, Any]]:
     """The points in a run folder's history up to a step; none where there is no such file. They end at a line that is
-    not whole, since the process was killed while it wrote."""
+    not whole, since the process was killed while it wrote.
+
+    validated: the last step whose held-out loss the checkpoint of step `until` knows of; None where it does not say. A
+    validation after that is made once more, and so logged again.
+    """
     rows: list[dict[str, Any]] = []
     require_regular(Path(folder) / NAME)
     try:
@@ -43,7 +47,11 @@ def history_rows(folder: str | Path, until: int) -> list[dict[str, Any]]:
             break
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= until:
             rows.append(row)
-    return rows
+    if validated is None:
+        return rows
+    held_out = [row for row in rows if row["step"] == until and "eval/loss" in row]
+    again = held_out[validated >= until :]  # of several after one step the first is the one that it knows
+    return [row for row in rows if not any(row is other for other in again)]
 
 
 class History(Logger):

@@ -32,7 +32,7 @@ class ProveLearning(L.Callback):
     - every LoRA layer, and every module trained whole, has had a gradient that is not zero;
     - the factor of every LoRA layer that began at zero is no longer zero, and every module trained whole has moved;
     - every frozen parameter and scale is what it was when training began, by a checksum of all of its bytes; this once
-      more at the end.
+      more at the end, before the last checkpoint is written: one that is resumed from it would not look again.
 
     Single biases are left out: that of keys has no effect on attention, and a gradient of nothing but rounding.
     """
@@ -46,6 +46,7 @@ class ProveLearning(L.Callback):
         self._frozen: dict[str, int] = {}
         self._whole: dict[str, int] = {}  # as they were when the run, not this part of it, began
         self._stepping = False
+        self._looked_at = -1  # the step after which it was looked last
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model = _model(pl_module)
@@ -68,12 +69,19 @@ class ProveLearning(L.Callback):
         if pl_module.stepped and self._stepping:
             self._stepping = False
             self.taken += 1
-            if self.taken >= self.after and not self.proven:
-                self.prove(trainer, pl_module)
+        if pl_module.stepped:
+            last = trainer.global_step >= trainer.max_steps > 0
+            if (self.taken >= self.after and not self.proven) or last:
+                self._prove(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.taken >= 2 or self.proven:  # at the first step A has no gradient, since B is zero
+        self._prove(trainer, pl_module)
+
+    def _prove(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        enough = self.taken >= 2 or self.proven  # at the first step A has no gradient, since B is zero
+        if enough and self._looked_at != trainer.global_step:
             self.prove(trainer, pl_module)
+            self._looked_at = trainer.global_step
 
     def prove(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look now. Raises NotLearning, in all processes where one has found something."""
