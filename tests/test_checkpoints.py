@@ -131,6 +131,21 @@ def test_after_divergence_the_last_checkpoint_is_one_whose_next_step_was_finite(
     assert (tmp_path / "diverged.ckpt").exists() == (last == 4)
 
 
+def test_after_divergence_a_full_disk_hides_no_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = {"state_dict": {}, "loops": {}, "optimizer_states": [], "random_state": {}}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lorafit.callbacks.checkpoints.write_atomically", full)
+    checkpoints = Checkpoints(tmp_path)
+    torch.save({"global_step": 4} | rest, checkpoints.last)
+    torch.save({"global_step": 3} | rest, checkpoints.best)
+    assert checkpoints.keep_good(bad_from=5) == (checkpoints.best, 3)
+    torch.save({"global_step": 2} | rest, checkpoints.previous)
+    assert checkpoints.keep_good(bad_from=5) == (checkpoints.last, 2)
+
+
 def test_after_divergence_a_best_checkpoint_is_good_if_its_next_step_was_and_a_damaged_one_is_left(
     tmp_path: Path,
 ) -> None:

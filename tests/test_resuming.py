@@ -27,7 +27,7 @@ from lorafit.checkpoint import load_checkpoint
 from lorafit.config import compose, to_dict
 from lorafit.embedded import TRAIN
 from lorafit.module import FinetuneModule
-from lorafit.resuming import changes
+from lorafit.resuming import changes, set_aside
 from lorafit.schema import flat, training_settings
 from lorafit.sweep import alone
 
@@ -163,7 +163,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew() -> Non
 
 def test_a_new_run_in_an_old_folder_puts_aside_what_the_old_one_left() -> None:
     code, _, err = stopped(1, *COMMAND, "seed=1", "hydra.run.dir=run")
-    assert code == 143 and "checkpoints.old, metrics.old.json, history.old.jsonl" in err
+    assert code == 143 and "is called history.old.jsonl, metrics.old.json, checkpoints.old now" in err
     assert load_checkpoint("run/checkpoints.old/last.ckpt")["global_step"] == STOPPED_AT
     assert not Path("run/checkpoints/previous.ckpt").exists()  # or it could be taken for this run's
 
@@ -182,14 +182,106 @@ def test_a_run_repeated_in_its_folder_keeps_the_adapters_of_all() -> None:
     assert adapter("again") != (again / "adapter.old2" / "adapter_model.safetensors").read_bytes()
 
 
+def left_in(folder: str) -> dict[str, bytes]:
+    """All files that tell of a run, by their names."""
+    paths = [
+        path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".log" and path.name[0] != "."
+    ]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("folder", ["run", "whole"])
+@pytest.mark.parametrize("ends", ["is refused", "is refused late", "runs out of memory", "is stopped"])
+def test_a_command_that_does_not_come_to_train_changes_nothing_of_an_earlier_run(
+    folder: str, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, more = left_in(folder), ["seed=1"]
+
+    def ended(*_: Any, **__: Any) -> Any:
+        if ends == "is stopped":
+            os.kill(os.getpid(), signal.SIGINT)
+        raise MemoryError
+
+    if ends == "is refused":
+        more = ["rank=banana"]
+    elif ends == "is refused late":
+        more = ["target_modules=[q_porj]"]
+    with monkeypatch.context() as patch:
+        if "is refused" not in ends:
+            patch.setattr("lorafit.training.retention_text", ended)
+        code, _, err = program(*COMMAND, *more, f"hydra.run.dir={folder}")
+    assert code == {"is stopped": 130, "runs out of memory": 4}.get(ends, 2), err
+    assert "it goes on from" not in err
+    assert left_in(folder) == before
+
+
+def test_a_completed_run_that_is_stopped_before_it_goes_on_is_still_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = left_in("whole")
+    monkeypatch.setattr("lorafit.training.retention_text", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    more = ("trainer.max_steps=12", "allow_changed=[trainer.max_steps]")
+    assert program("resume=whole", *more)[0] == 143
+    assert left_in("whole") == before and status("whole") == "completed"
+
+
+def test_a_run_that_begins_anew_where_it_was_to_go_on_records_what_it_goes_by() -> None:
+    assert program(*COMMAND, "data.path=nowhere.jsonl", "hydra.run.dir=new")[0] == 2
+    code, _, err = stopped(BATCH, *COMMAND, "hydra.run.dir=new", "resume=auto")
+    assert code == 143 and "it goes on from its last checkpoint with resume=" in err
+    code, _, err = program("resume=new")
+    assert code == 0, err
+    assert adapter("new") == adapter("whole")
+    # before its first checkpoint, with another setting
+    Path("bare/.hydra").mkdir(parents=True)
+    shutil.copy("run/.hydra/overrides.yaml", "bare/.hydra")
+    code, _, err = stopped(BATCH, "resume=bare", "seed=3")
+    assert code == 143, err
+    code, _, err = program("resume=bare")
+    assert code == 0, err
+    assert json.loads(Path("bare/metrics.json").read_text())["seed"] == 3
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_a_new_run_can_be_killed_while_it_puts_an_old_one_aside(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, real, seen = left_in("whole"), os.replace, iter(range(100))
+
+    def killed(source: Any, place: Any) -> None:
+        if next(seen) == done:
+            raise KeyboardInterrupt
+        real(source, place)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        set_aside(Path("whole"))
+    set_aside(Path("whole"))
+    now = left_in("whole")
+    assert all(".old" in name and ".old2" not in name for name in now)
+    assert sorted(now.values()) == sorted(whole.values())
+
+
+def test_a_file_where_the_adapter_is_to_be_is_put_aside() -> None:
+    Path("run/adapter").write_text("mine")
+    code, _, err = program("resume=run")
+    assert code == 0, err
+    assert adapter("run") == adapter("whole") and Path("run/adapter.old").read_text() == "mine"
+
+
+def test_what_killed_writers_have_left_is_taken_away() -> None:
+    left = [Path("run") / name for name in (".metrics.json-1.draft", "checkpoints/.last.ckpt-1.draft")]
+    for path in left:
+        path.write_text("half")
+    (Path("run") / ".adapter-abcd1234").mkdir()
+    assert program("resume=run")[0] == 0
+    assert not [path for path in (*left, Path("run") / ".adapter-abcd1234") if path.exists()]
+
+
 def test_a_run_that_is_at_work_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafit.sweep.LOCK_SECONDS", 0.1)
-    before = Path("run/metrics.json").read_bytes()
+    before = left_in("run")
     with alone(Path("run")):
-        for arguments in (("resume=run",), (*COMMAND, "hydra.run.dir=run")):
+        for arguments in (("resume=run",), (*COMMAND, "seed=1", "hydra.run.dir=run")):
             code, _, err = program(*arguments)
             assert code == 2 and "another process is at work in" in err
-    assert Path("run/metrics.json").read_bytes() == before
+    assert left_in("run") == before
 
 
 # --- what has become otherwise is named -------------------------------------------------------------------------------

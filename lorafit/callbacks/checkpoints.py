@@ -131,16 +131,20 @@ class Checkpoints(L.Callback):
         with: their checkpoint becomes diverged.ckpt.
         """
         for path in (self.last, self.previous, self.best):
-            with contextlib.suppress(OSError, InputError):  # one that is damaged is told when it is to be gone on with
+            try:
                 step = int(load_run(path)["global_step"])
                 if step >= bad_from - 1:
                     os.replace(path, self.folder / "diverged.ckpt")
                     continue
+            except (OSError, InputError):  # one that is damaged is told when it is to be gone on with
+                continue
+            with contextlib.suppress(OSError):
                 if path == self.previous:
                     os.replace(path, self.last)  # which a full disk takes as well
                 elif path == self.best:
                     self._copy(path, self.last)
                 return self.last, step
+            return path, step  # of which a resumed run finds it, too
         return None
 
     @staticmethod
