@@ -210,6 +210,21 @@ def test_a_run_whose_folder_becomes_read_only_is_saved_elsewhere_and_goes_on_to_
     assert adapter_of(run) == adapter_of("whole")
 
 
+def lock_out(folder: str) -> None:
+    """Nobody may look into it any more, as into the folder of a network disk that is gone."""
+    Path(folder).chmod(0)
+
+
+def test_a_run_whose_folder_cannot_be_looked_into_any_more_is_saved_elsewhere(run: str) -> None:
+    gone = at_batch(5, functools.partial(lock_out, run))
+    code, _, err = train(f"hydra.run.dir={run}", before=both(without_roots_rights, gone))
+    assert code == 5 and err.count("cannot be written to") == 1, err
+    Path(run).chmod(0o755)
+    assert adapter_of(rescued_in(err)) == adapter_of("whole")
+    go_on(run)
+    assert adapter_of(run) == adapter_of("whole")
+
+
 def _unable_to_complete() -> None:
     import lorafit.train as program
 

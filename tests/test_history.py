@@ -5,18 +5,23 @@ pytest tests/test_history.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 from hypothesis import given, settings, strategies as st
-from test_callbacks import Each, fit, module
+from test_callbacks import SEQUENCES, Each, fit, module
 
 from lorafit.callbacks import Checkpoints, History, StepMetrics, history_rows
+from lorafit.checkpoint import newest_checkpoint
+from lorafit.data import ResumableLoader
+from lorafit.datamodule import FinetuneDataModule
 from lorafit.errors import Paused
-from lorafit.trainer import quiet_libraries
+from lorafit.trainer import build_trainer, quiet_libraries
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
@@ -154,6 +159,24 @@ def test_only_every_nth_step_is_logged_and_the_first(tmp_path: Path) -> None:
     assert set(points(tmp_path, "train/loss")) == {1, 3, 6}
 
 
+class Data(FinetuneDataModule):
+    """Eight rows that nobody has to tokenize."""
+
+    def __init__(self) -> None:
+        L.LightningDataModule.__init__(self)
+
+    def setup(self, stage: str | None = None) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(SEQUENCES, 2, pad_id=0)
+
+    val_dataloader = eval_batches = train_dataloader  # type: ignore[assignment]
+
+
 class StopAt(Each):
     """Ends a run at a step, with a checkpoint."""
 
@@ -164,6 +187,54 @@ class StopAt(Each):
                 raise Paused
 
         super().__init__(stop)
+
+
+@pytest.mark.parametrize(
+    ("interval", "number"), [(2, 2), (2, 3), (0.75, 1), (0.75, 2), (0.25, 4), (0.25, 5), (0.25, 12)]
+)
+def test_a_validation_that_is_made_once_more_is_logged_once(tmp_path: Path, interval: float, number: int) -> None:
+    """The process is killed when a validation is logged and no checkpoint knows of it yet; then once more, at once.
+
+    interval: in steps, or as a share of an epoch of four batches, two of which are a step."""
+    options: dict[str, Any] = {"max_steps": 6, "accumulate_grad_batches": 2, "val_check_interval": interval}
+
+    def live(folder: Path, *dies: L.Callback) -> None:
+        home = folder / "checkpoints"
+        found = newest_checkpoint(home) if home.is_dir() else None
+        rows = history_rows(folder, found.step, found.validated) if found else []
+        callbacks = (StepMetrics(1), *dies, Checkpoints(home, every_n_steps=1))
+        trainer = build_trainer(
+            folder, batches=4, accelerator="cpu", callbacks=list(callbacks), logger=[History(folder, rows)], **options
+        )
+        trainer.fit(module(), Data(), ckpt_path=str(found.path) if found else None)
+
+    def logged(folder: Path) -> list[dict[str, Any]]:
+        return [row for row in read(folder) if "eval/loss" in row]
+
+    live(tmp_path / "whole")
+
+    class Dies(L.Callback):
+        """When a validation is logged, or before the first batch."""
+
+        def __init__(self, at: int | None = None) -> None:
+            self.at, self.seen = at, 0
+
+        def on_validation_end(self, *_: Any) -> None:
+            self.seen += 1
+            if self.seen == self.at:
+                raise Paused
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            if self.at is None:
+                raise Paused
+
+    with pytest.raises(Paused):
+        live(tmp_path / "killed", Dies(number))
+    assert len(logged(tmp_path / "killed")) == number
+    with contextlib.suppress(Paused):  # there is no batch where it had taken all of its steps
+        live(tmp_path / "killed", Dies())
+    live(tmp_path / "killed")
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4, 5])

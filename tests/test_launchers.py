@@ -153,6 +153,15 @@ def test_jobs_on_two_devices_follow_one_another_and_each_leaves_one_folder() -> 
     assert out.count("\njob ") == 2 and not Path("multirun").exists() and not Path("outputs").exists()
 
 
+def test_a_job_on_two_devices_that_diverges_ends_as_such_and_the_next_one_is_well() -> None:
+    """Both processes end by themselves: Lightning would kill the first one, some seconds after the other has failed."""
+    settings = ("trainer.devices=2", "trainer.max_skipped_steps=0", "trainer.max_steps=4")
+    code, out, err = program("-m", "optimizer.lr=1e30,1e-3", *settings)
+    assert code == 3 and "Traceback" not in out + err, out + err
+    assert statuses() == {"optimizer.lr=1e+30": "diverged", "optimizer.lr=0.001": "completed"}
+    assert "cannot be taken: its loss is nan" in metrics_of("all/optimizer.lr=1e+30")["error"]
+
+
 def test_a_run_on_two_devices_that_only_one_is_told_to_end_goes_on_bit_for_bit() -> None:
     """Each process draws dropout masks of its own, and a signal reaches one of them."""
     command = ("trainer.devices=2", "dropout=0.1", "rank=2", "trainer.max_steps=40")

@@ -279,6 +279,20 @@ def test_a_run_that_is_shorter_is_looked_at_at_its_end(steps: int, proven: bool,
         assert said.startswith(f"after {steps} steps: ")
 
 
+@pytest.mark.parametrize("changes", ["a layer does not move", "the base changes"])
+def test_a_run_that_fails_its_last_proof_has_no_checkpoint_with_which_it_would_be_complete(
+    changes: str, tmp_path: Path
+) -> None:
+    options = {"optimizer_args": {"lr": 1e-300}} if changes == "a layer does not move" else {}
+    planted = after_step(4, lambda model: flip_a_bit(model.model.norm.weight))
+    planted = Each() if options else planted
+    checkpoints = Checkpoints(tmp_path, every_n_steps=1)
+    alarm_of = {"max_steps": 4, "val_check_interval": 4}
+    with pytest.raises(NotLearning):
+        fit(module(**options), tmp_path, planted, ProveLearning(10), checkpoints, **alarm_of)
+    assert load_checkpoint(checkpoints.last)["global_step"] == 3
+
+
 def test_micro_batches_and_skipped_steps_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proof, looked = ProveLearning(3), []
     real = proof.prove

@@ -240,8 +240,11 @@ def test_a_run_that_begins_anew_where_it_was_to_go_on_records_what_it_goes_by() 
     assert json.loads(Path("bare/metrics.json").read_text())["seed"] == 3
 
 
-@pytest.mark.parametrize("done", range(6))
+@pytest.mark.parametrize("done", range(8))
 def test_a_new_run_can_be_killed_while_it_puts_an_old_one_aside(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (Path("whole/csv/metrics.csv"), Path("whole/wandb/run.json")):
+        path.parent.mkdir()
+        path.write_text(path.name)
     whole, real, seen = left_in("whole"), os.replace, iter(range(100))
 
     def killed(source: Any, place: Any) -> None:
