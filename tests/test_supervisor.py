@@ -450,4 +450,4 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(
     for rank in (2, 4):
         assert kill_sweep.differing(calm / f"rank={rank}", tmp_path / "all" / f"rank={rank}") == []
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
-    assert time.monotonic() - began < 400
+    assert time.monotonic() - began < 1200

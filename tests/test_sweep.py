@@ -32,7 +32,7 @@ from hypothesis import given, settings, strategies as st
 from programs import run_program
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorafit import launch, sweep, train
+from lorafit import launch, sweep, train, training
 from lorafit.adapter import load_adapter
 from lorafit.build import build_data, load_module
 from lorafit.checkpoint import load_checkpoint
@@ -261,9 +261,9 @@ def test_a_grid_over_one_base_loads_it_once_and_measures_it_once(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, measured = [], []
-    load, measure = sweep.load_base, train.measure
+    load, measure = sweep.load_base, training.measure
     monkeypatch.setattr(sweep, "load_base", lambda config: loaded.append(config.rank) or load(config))
-    monkeypatch.setattr(train, "measure", lambda *arguments: measured.append(1) or measure(*arguments))
+    monkeypatch.setattr(training, "measure", lambda *arguments: measured.append(1) or measure(*arguments))
     done("-m", "rank=1,2,4", "trainer.max_steps=1", "hydra.sweep.dir=all")
     assert loaded == [1] and shared.loads == 1
     assert len(measured) == 1 + 3  # the base once, then each adapter
