@@ -24,7 +24,7 @@ from lorafit.errors import InputError
 from lorafit.redact import redact_values
 from lorafit.rescue import clear_run_drafts
 from lorafit.schema import training_settings
-from lorafit.sweep import has_checkpoint, is_busy, is_completed, recorded_sha256
+from lorafit.sweep import has_checkpoint, is_busy, is_completed, read_metrics, recorded_sha256
 
 if TYPE_CHECKING:
     from lorafit.checkpoint import Found
@@ -190,8 +190,9 @@ def settle(folder: Path, found: Found | None) -> None:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether a folder holds what a run was for, an adapter or a checkpoint, whoever put it there."""
-    return os.path.lexists(folder / "adapter") or has_checkpoint(folder)
+    """Whether a folder holds what a run was for, an adapter or a checkpoint, or a metrics.json of something else."""
+    foreign = os.path.lexists(folder / "metrics.json") and "status" not in read_metrics(folder)
+    return foreign or os.path.lexists(folder / "adapter") or has_checkpoint(folder)
 
 
 def set_aside(folder: Path) -> None:

@@ -261,6 +261,17 @@ def test_a_new_run_can_be_killed_while_it_puts_an_old_one_aside(done: int, monke
     assert sorted(now.values()) == sorted(whole.values())
 
 
+def test_a_run_in_a_folder_of_something_else_leaves_what_was_there() -> None:
+    mine = {"metrics.json": '{"accuracy": 0.9}', "samples.jsonl": "{}\n", "notes.txt": "mine"}
+    Path("mine").mkdir()
+    for name, text in mine.items():
+        Path("mine", name).write_text(text)
+    code, _, err = program(*COMMAND, "hydra.run.dir=mine")
+    assert code == 0 and "samples.old.jsonl, metrics.old.json now" in err
+    assert [Path("mine", name.replace(".j", ".old.j")).read_text() for name in mine] == list(mine.values())
+    assert adapter("mine") == adapter("whole")
+
+
 def test_a_file_where_the_adapter_is_to_be_is_put_aside() -> None:
     Path("run/adapter").write_text("mine")
     code, _, err = program("resume=run")
