@@ -166,10 +166,15 @@ def _checked(values: DictConfig, hydra_config: Any) -> Config:
     return config
 
 
+def is_program() -> bool:
+    """Whether a run is that of a command line, and not of a function that somebody calls."""
+    return _running is not None
+
+
 def record_settings(folder: Path, config: Config) -> None:
     """Write down in .hydra by what settings the run in `folder` goes, secrets as ***. Hydra would do so with the
     secrets, and before anybody has looked at what is in the folder; so it is told not to."""
-    if _running is not None:  # else called as a function, not as a program
+    if is_program():
         record_command(folder)
         _write_yaml(folder / ".hydra" / "resolved.yaml", to_dict(config))
 

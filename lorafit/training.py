@@ -28,7 +28,7 @@ from lorafit.build import (
 )
 from lorafit.config import Config, quoted, settings_to_record
 from lorafit.errors import DivergedError, InputError, LorafitError, Paused, Stopped, reason
-from lorafit.jobs import config_folder, given_overrides, record_settings
+from lorafit.jobs import config_folder, given_overrides, is_program, record_settings
 from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
 from lorafit.rescue import before_training, only_told, rescued, tried_twice
 from lorafit.results import (
@@ -350,7 +350,8 @@ class Run:
         callbacks += [self.checkpoints, signals]
         if self.stop:
             callbacks.append(PauseAt(self.checkpoints, self.stop))
-        command = job_command(self.folder, self.config.resume)
+        # called as a function, it is for Lightning to find out how the other processes begin
+        group = self.devices > 1 and is_program()
         return build_trainer(
             self.folder,
             batches=self.steps_per_epoch,
@@ -363,7 +364,7 @@ class Run:
             log_every_n_steps=given.log_every_n_steps,
             callbacks=callbacks,
             logger=[*([self.logger] if self.logger else []), History(self.folder, self.rows)],
-            strategy=JobDDP(command) if self.devices > 1 else "auto",
+            strategy=JobDDP(job_command(self.folder, self.config.resume)) if group else "auto",
         )
 
     def _last_good(self, bad_from: int) -> str:

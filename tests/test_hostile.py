@@ -86,8 +86,8 @@ def test_bad_settings_are_refused_in_one_message_or_do_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cases = list(bad_configs(seed=0, count=340))
-    by_program, composed = [case for case in cases if case.sure][:24], []
+    cases = list(bad_configs(seed=0, count=210))
+    by_program, composed = [case for case in cases if case.sure][:12], []
     with planted(tmp_path) as canary:
         for case in cases:
             if case not in by_program:
@@ -103,10 +103,10 @@ def test_bad_settings_are_refused_in_one_message_or_do_no_harm(
     outcomes = Counter(composed)
     with capsys.disabled():
         print(f"\n{len(composed)} settings composed: {dict(outcomes)}; {len(by_program)} programs: all refused")
-    assert len(by_program) == 24
+    assert len(by_program) == 12
     assert outcomes.keys() == {"refused", "harmless"}
-    assert outcomes["refused"] >= 290
-    assert len(composed) + len(by_program) >= 330
+    assert outcomes["refused"] >= 170
+    assert len(composed) + len(by_program) >= 200
 
 
 def test_bad_adapters_are_refused_in_one_message_or_do_no_harm(

@@ -26,7 +26,7 @@ from lorafit.checkpoint import load_checkpoint
 TINY = (
     *("trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "data.batch_size=4", "task.generate_examples=4"),
     *("task.eval_examples=8", "task.max_new_tokens=4", "task.samples=0", "task.retention_path=general.txt"),
-    *("callbacks=none", "logger=none", "hydra.sweep.dir=all"),
+    *("callbacks=none", "logger=none", "hydra.sweep.dir=all", "data.limit=300"),
 )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -9,6 +12,22 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def short_sweep(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep of the notebook on sweeps, by its own command, but of a few steps."""
+    if "02_rank_sweep-" not in f"{request.node.callspec.id}-" or "top_to_bottom" not in request.node.name:
+        return
+    [command] = re.findall(r'sweep = "(-m [^"]+)"', NOTEBOOKS[1].read_text().replace('\\"', '"'))
+    few = "trainer.max_steps=5 data.batch_size=4 data.limit=300 task.eval_examples=8 task.generate_examples=2"
+    folder = tmp_path / "a-short-sweep"
+    subprocess.run(
+        [sys.executable, "-m", "lorafit.train", *command.split(), *few.split(), f"hydra.sweep.dir={folder}"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    monkeypatch.setenv("LORAFIT_SWEEP", str(folder))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
