@@ -21,6 +21,8 @@ def short_sweep(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
         return
     [command] = re.findall(r'sweep = "(-m [^"]+)"', NOTEBOOKS[1].read_text().replace('\\"', '"'))
     few = "trainer.max_steps=5 data.batch_size=4 data.limit=300 task.eval_examples=8 task.generate_examples=2"
+    few += f" task.samples=0 task.retention_path={tmp_path}/general.txt"
+    (tmp_path / "general.txt").write_text("Bees tell each other where flowers are by dancing on the comb.")
     folder = tmp_path / "a-short-sweep"
     subprocess.run(
         [sys.executable, "-m", "lorafit.train", *command.split(), *few.split(), f"hydra.sweep.dir={folder}"],
