@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -397,10 +398,19 @@ def damage(*names: str, cut: bool = False) -> Callable[[Path], None]:
             if cut:
                 del content[len(content) // 2 :]
             else:
-                content[len(content) // 2] ^= 1
+                content[in_the_largest_part(path, content)] ^= 1
             path.write_bytes(content)
 
     return first
+
+
+def in_the_largest_part(path: Path, content: bytes) -> int:
+    """Where the middle of the largest tensor of a checkpoint lies in its file: between parts there is padding."""
+    with zipfile.ZipFile(path) as archive:
+        part = max(archive.infolist(), key=lambda part: part.file_size)
+    header = part.header_offset
+    names = sum(int.from_bytes(content[header + at : header + at + 2], "little") for at in (26, 28))
+    return header + 30 + names + part.file_size // 2
 
 
 def as_calm(folder: Path) -> list[str]:
