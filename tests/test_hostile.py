@@ -104,7 +104,7 @@ def test_bad_settings_are_refused_in_one_message_or_do_no_harm(
     with capsys.disabled():
         print(f"\n{len(composed)} settings composed: {dict(outcomes)}; {len(by_program)} programs: all refused")
     assert len(by_program) == 12
-    assert outcomes.keys() == {"refused", "harmless"}
+    assert outcomes.keys() <= {"refused", "harmless"}
     assert outcomes["refused"] >= 170
     assert len(composed) + len(by_program) >= 200
 
