@@ -182,11 +182,10 @@ def settle(folder: Path, found: Found | None) -> None:
     if found is None or found.path.parent.resolve() != home.resolve():
         set_aside(folder)
         return
-    aside = {path: path.with_suffix(".damaged") for path in found.damaged}
+    for path in found.damaged:
+        os.replace(path, path.with_suffix(".damaged"))
     if os.path.lexists(folder / "adapter") and not (folder / "adapter").is_dir():
-        aside[folder / "adapter"] = folder / "adapter.old"  # a file, where the adapter's folder is to be
-    for path, place in aside.items():
-        os.replace(path, place)
+        _rename([folder / "adapter"])  # a file, where the adapter's folder is to be
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -200,15 +199,21 @@ def set_aside(folder: Path) -> None:
     metrics.json metrics.old.json, or .old2 where that is taken."""
     if not holds_a_run(folder):
         return
-    there = [path for name in _LEFT if os.path.lexists(path := folder / name)]
-    for number in itertools.chain([""], itertools.count(2)):
-        aside = {path: path.with_name(f"{path.stem}.old{number}{path.suffix}") for path in there}
-        if not any(os.path.lexists(place) for place in aside.values()):
-            break
-    for path, place in aside.items():  # in its own folder, or a read-only one could not be renamed
-        os.replace(path, place)
-    names = ", ".join(place.name for place in aside.values() if place.name[0] != "." and place.parent == folder)
+    aside = _rename([path for name in _LEFT if os.path.lexists(path := folder / name)])
+    names = ", ".join(place.name for place in aside if place.name[0] != "." and place.parent == folder)
     log.warning(f"{folder} held an earlier run, which is not replaced: what it left is called {names} now")
+
+
+def _rename(there: list[Path]) -> list[Path]:
+    """Put .old into the names of files and folders, or .old2 where one of those is taken, so that nothing is replaced.
+    Returns their new paths."""
+    for number in itertools.chain([""], itertools.count(2)):
+        aside = [path.with_name(f"{path.stem}.old{number}{path.suffix}") for path in there]
+        if not any(map(os.path.lexists, aside)):
+            break
+    for path, place in zip(there, aside, strict=True):  # in its own folder, or a read-only one could not be renamed
+        os.replace(path, place)
+    return aside
 
 
 # ------------------------------------------------------------------------------------------------ which run is it?
