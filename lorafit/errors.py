@@ -6,7 +6,8 @@
     ├── DivergedError     3      losses or weights are no longer finite
     ├── NotLearning       3      training runs, but does not do what it should
     ├── MemoryExhausted   4      the device or the host has no memory left
-    └── NotSaved          5      trained, but what was to be kept could not be written
+    ├── NotSaved          5      trained, but what was to be kept could not be written
+    └── GroupFailed       1      another of the processes that train together has failed
     Stopped         130, 143     a signal asked the run to end (a BaseException: nothing swallows it)
     Paused                       training was to stop here; the run takes it from there (a BaseException as well)
 
@@ -63,6 +64,10 @@ class NotSaved(LorafitError):
     """The adapter could not be written where it belongs."""
 
     exit_code = 5
+
+
+class GroupFailed(LorafitError):
+    """Another of the processes that train together has failed alone, and has said why."""
 
 
 class Stopped(BaseException):

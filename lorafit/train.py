@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from lorafit.build import is_main_process
 from lorafit.config import Config, config_sha256
@@ -60,7 +62,7 @@ def run(config: Config, folder: Path) -> float:
     sweep = sweep_of(folder) if config.resume else None
     job = Job(sweep, rungs=read_metrics(folder).get("rungs", {})) if sweep is not None else None
     with alone(folder) if is_main_process() else contextlib.nullcontext():
-        this = Run(config, folder, Shared(), job)
+        this = Run(config, folder, Shared(), job, _abandon)
         try:
             return _recorded(this)
         except Stopped:
@@ -91,7 +93,7 @@ def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> f
                 set_aside(folder)
             record_settings(folder, config)
         try:
-            return _recorded(Run(going_on, folder, _SHARED, Job(sweep, until, before.get("rungs", {}))))
+            return _recorded(Run(going_on, folder, _SHARED, Job(sweep, until, before.get("rungs", {})), _abandon))
         except Beyond:
             say("it has come further already")
             return math.nan
@@ -140,6 +142,13 @@ def _note(this: Run, status: str, error: str) -> None:
         note_metrics(this.folder, this.metrics | {"status": status, "error": error})
     elif this.goes_on_here and not is_completed(this.folder):
         note_metrics(this.folder, read_metrics(this.folder) | {"status": status, "error": error})
+
+
+def _abandon(this: Run, error: LorafitError) -> NoReturn:
+    """End the process from another thread: this one waits for what will never come."""
+    _note(this, error.status, str(error))
+    say(f"lorafit train: {error}", error=True)
+    os._exit(error.exit_code)
 
 
 def _in_group(this: Run) -> float:

@@ -11,17 +11,19 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import subprocess
+import threading
+import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import subprocess_script
@@ -29,7 +31,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from transformers.utils import logging as hf_logging
 
 from lorafit.checkpoint import load_run, save_checkpoint
-from lorafit.errors import reason
+from lorafit.errors import DivergedError, GroupFailed, LorafitError, MemoryExhausted, NotLearning, reason
 
 log = logging.getLogger(__name__)
 _told: weakref.WeakSet[Any] = weakref.WeakSet()  # the loggers of whose failing a warning was given
@@ -58,6 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 WAIT_SECONDS = 60.0  # how long the other processes of a group may take to end after the first one
+NOTICE_SECONDS = 5.0  # how long it may take until one notices that another is gone
 _OF_A_GROUP = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
@@ -68,25 +71,42 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
     environment would make the next job take itself for a process of this one's group.
     """
 
-    def __init__(self, environment: ClusterEnvironment, processes: int, nodes: int, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        environment: ClusterEnvironment,
+        processes: int,
+        nodes: int,
+        command: Sequence[str],
+        abandon: Callable[[LorafitError], object],
+    ) -> None:
         super().__init__(environment, processes, nodes)
-        self.command = list(command)
-        self.observer: Any = None
+        self.command, self.abandon = list(command), abandon
+        self._over = threading.Event()  # this process's part of the work
 
     def launch(self, function: Any, *args: Any, trainer: L.Trainer | None = None, **kwargs: Any) -> Any:
         if self.cluster_environment.creates_processes_externally:  # by torchrun, SLURM, or the process that began
             return super().launch(function, *args, trainer=trainer, **kwargs)
         before = {name: os.environ.get(name) for name in _OF_A_GROUP}
         threads, lightnings = torch.get_num_threads(), subprocess_script._hydra_subprocess_cmd
-        watch = subprocess_script._launch_process_observer
+        watch, patience = subprocess_script._launch_process_observer, WAIT_SECONDS
         subprocess_script._hydra_subprocess_cmd = lambda local_rank: (self.command, os.getcwd())
-        subprocess_script._launch_process_observer = self._observe  # type: ignore[assignment]
+        subprocess_script._launch_process_observer = self._watch  # type: ignore[assignment]
         try:
             return super().launch(function, *args, trainer=trainer, **kwargs)
+        except (DivergedError, NotLearning):  # to which all of them come
+            raise
+        except Exception as error:
+            patience = NOTICE_SECONDS  # the others wait for this one
+            # what a collective says when its other end is gone; that process may take a moment to be so itself
+            failed = None if isinstance(error, LorafitError) else self._failed(NOTICE_SECONDS)
+            if failed is None:
+                raise
+            raise failed from error
         finally:
+            self._over.set()
             subprocess_script._hydra_subprocess_cmd = lightnings
             subprocess_script._launch_process_observer = watch
-            self._end_others()
+            self._end_others(patience)
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
             for name, value in before.items():
@@ -96,37 +116,71 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
                     os.environ[name] = value
             torch.set_num_threads(threads)
 
-    def _observe(self, processes: list[subprocess.Popen]) -> None:
-        """Lightning's watch over the others, which kills this process when one of them has failed: a collective would
-        wait for it for ever."""
-        self.observer = _ChildProcessObserver(os.getpid(), list(processes))
-        self.observer.start()
+    def _watch(self, processes: list[subprocess.Popen]) -> None:
+        """In place of Lightning's watch over the others, which kills this process when one of them has failed."""
+        threading.Thread(target=self._abandon, daemon=True, name="group-watch").start()
 
-    def _end_others(self) -> None:
+    def _abandon(self) -> None:
+        """Where another process has failed and this one has not noticed some seconds later, it waits for that one
+        within a collective, and for ever: end it from here."""
+        while not self._over.wait(1.0):
+            failed = self._failed(0.0)
+            if failed is not None and not self._over.wait(2 * NOTICE_SECONDS):
+                for process in self.procs:
+                    process.kill()
+                self.abandon(failed)
+                return
+
+    def _failed(self, seconds: float) -> LorafitError | None:
+        """What has become of another process that has not ended well; None where within so many seconds none has."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for process in self.procs:
+                if code := process.poll():
+                    return _failure(code)
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.1)
+
+    def _end_others(self, seconds: float) -> None:
         """Wait for the others, and kill who still waits for this process, which may have failed alone."""
-        if self.observer is not None:
-            self.observer._child_processes = []  # what becomes of them is no reason any more to kill this one
         for process in self.procs:
             try:
-                process.wait(WAIT_SECONDS)
+                process.wait(seconds)
             except subprocess.TimeoutExpired:
-                log.warning(f"a process of the group has not ended in {WAIT_SECONDS:g} s: it is killed")
+                log.warning(f"a process of the group has not ended in {seconds:g} s: it is killed")
             finally:  # a second signal does not wait either
                 if process.poll() is None:
                     process.kill()
                     process.wait()
 
 
-class JobDDP(DDPStrategy):
-    """Data-parallel training of one run, or job of a sweep; `command` runs the same in the other processes."""
+def _failure(code: int) -> LorafitError:
+    """What the exit code of another process of the group says; a negative one is the signal that killed it."""
+    if code == MemoryExhausted.exit_code:
+        return MemoryExhausted("another process of the group has run out of memory, and says above what it held")
+    if code == -signal.SIGKILL:
+        return MemoryExhausted("another process of the group was killed, as when the host has no memory left")
+    said = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has failed with exit code {code}; see above"
+    return GroupFailed(f"another process of the group {said}")
 
-    def __init__(self, command: Sequence[str]) -> None:
+
+class JobDDP(DDPStrategy):
+    """Data-parallel training of one run, or job of a sweep.
+
+    command: what runs the same in the other processes. abandon: called from another thread, to end this process, where
+    another has failed and this one cannot be reached.
+    """
+
+    def __init__(self, command: Sequence[str], abandon: Callable[[LorafitError], object]) -> None:
         super().__init__()
-        self.command = command
+        self.command, self.abandon = command, abandon
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        self._launcher = _OneJobLauncher(self.cluster_environment, self.num_processes, self.num_nodes, self.command)
+        self._launcher = _OneJobLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes, self.command, self.abandon
+        )
 
 
 def total_steps(batches: int, accumulate: int, max_steps: int | None, max_epochs: int | None) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ class Run:
 
     shared: what it has in common with the other jobs of its process. job: which job of a sweep it is. `metrics` are the
     parts of metrics.json, filled as they are found out. `taken`: whether its folder is its own by now; before that
-    nothing in it is touched.
+    nothing in it is touched. abandon: ends this process where another of its group has failed and it cannot go on.
     """
 
     finite: SkipNonFinite
@@ -120,9 +121,17 @@ class Run:
     trainer: L.Trainer
     samples: list[dict[str, str]]
 
-    def __init__(self, config: Config, folder: Path, shared: Shared, job: Job | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        shared: Shared,
+        job: Job | None = None,
+        abandon: Callable[[Run, LorafitError], object] = lambda run, error: None,
+    ) -> None:
         self.began = time.perf_counter()  # before the heavy imports, which are a part of what it takes to start
         self.config, self.folder, self.shared, self.job = config, folder, shared, job
+        self.abandon = functools.partial(abandon, self)
         self.metrics = begin_metrics(config)
         if job is not None and job.rungs:
             self.metrics["rungs"] = job.rungs
@@ -245,7 +254,7 @@ class Run:
                 base=base,
                 architecture=type(model).__name__,
                 dtype=str(model.dtype).removeprefix("torch."),
-                device=device_name(self.device),
+                device=device_label(self.device),
                 rank=config.rank,
                 alpha=config.alpha,
                 scaling=next(iter(lora_layers(model).values())).scaling,
@@ -364,7 +373,7 @@ class Run:
             log_every_n_steps=given.log_every_n_steps,
             callbacks=callbacks,
             logger=[*([self.logger] if self.logger else []), History(self.folder, self.rows)],
-            strategy=JobDDP(job_command(self.folder, self.config.resume)) if group else "auto",
+            strategy=JobDDP(job_command(self.folder, self.config.resume), self.abandon) if group else "auto",
         )
 
     def _last_good(self, bad_from: int) -> str:
@@ -547,7 +556,8 @@ def restoring(found: Found | None, module: FinetuneModule) -> Iterator[None]:
         raise InputError(f"{found.path} cannot be gone on from ({said}): remove it to begin anew") from error
 
 
-def device_name(device: Any) -> str:
+def device_label(device: Any) -> str:
+    """What a user calls a device."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -160,6 +161,52 @@ def test_a_job_on_two_devices_that_diverges_ends_as_such_and_the_next_one_is_wel
     assert code == 3 and "Traceback" not in out + err, out + err
     assert statuses() == {"optimizer.lr=1e+30": "diverged", "optimizer.lr=0.001": "completed"}
     assert "cannot be taken: its loss is nan" in metrics_of("all/optimizer.lr=1e+30")["error"]
+
+
+PLANTED = """
+import os
+if os.environ.get("LOCAL_RANK") == "1":
+    import torch
+    from lorafit.training import Run
+    def fail(self, signals):
+        raise torch.OutOfMemoryError("planted")
+    Run.train = fail
+"""
+
+
+def test_a_run_of_which_one_process_alone_runs_out_of_memory_ends_with_4(tmp_path: Path) -> None:
+    """The first process waits for the other, which never joins the group, and cannot be told."""
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    command = (*TINY, "trainer.devices=2", "trainer.max_steps=4", "hydra.run.dir=run")
+    ended = subprocess.run(
+        [sys.executable, "-m", "lorafit.train", *command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 4 and "Traceback" not in ended.stderr, ended.stderr
+    assert "out of memory while measuring (planted). It held" in ended.stderr
+    assert "lorafit train: another process of the group has run out of memory" in ended.stderr
+    assert metrics_of("run")["status"] == "out_of_memory"
+
+
+def test_a_run_of_which_one_process_is_killed_ends_with_4_and_goes_on() -> None:
+    command = ("trainer.devices=2", "trainer.max_steps=40", "trainer.checkpoint_every_n_steps=1")
+    process = start(*command, "hydra.run.dir=run")
+    try:
+        wait_for(Path("run/checkpoints/last.ckpt").exists)
+        [other] = psutil.Process(process.pid).children()
+        other.kill()
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 4 and "Traceback" not in err, err
+    assert "another process of the group was killed" in err
+    assert metrics_of("run")["status"] == "out_of_memory"
+    reached = load_checkpoint("run/checkpoints/last.ckpt")["global_step"]
+    code, out, err = program("resume=run", f"trainer.max_steps={reached + 1}", "allow_changed=[trainer.max_steps]")
+    assert code == 0, out + err
 
 
 def test_a_run_on_two_devices_that_only_one_is_told_to_end_goes_on_bit_for_bit() -> None:

@@ -66,13 +66,13 @@ class ProveLearning(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, FinetuneModule)
-        if pl_module.stepped and self._stepping:
-            self._stepping = False
-            self.taken += 1
-        if pl_module.stepped:
-            last = trainer.global_step >= trainer.max_steps > 0
-            if (self.taken >= self.after and not self.proven) or last:
-                self._prove(trainer, pl_module)
+        if not pl_module.stepped:
+            return
+        self.taken += self._stepping
+        self._stepping = False
+        last = trainer.global_step >= trainer.max_steps > 0
+        if (self.taken >= self.after and not self.proven) or last:
+            self._prove(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._prove(trainer, pl_module)
