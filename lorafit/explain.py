@@ -146,8 +146,8 @@ def one_line(error: BaseException) -> str:
     wrong = re.match(r"Value (.*) is not a valid bool", first)
     if key and wrong:
         return f"{key} must be true or false, got {wrong[1]}"
-    if key and "is not a ListConfig" in first:
-        return f"{key} must be a list: {key}=[A,B]"
+    if key and ("is not a ListConfig" in first or "Cannot merge DictConfig with ListConfig" in first):
+        return f"{key} must be a list, in brackets also where it has one entry: '{key}=[A]', '{key}=[A,B]'"
     if key and "is not Optional" in first:
         return f"{key} cannot be null"
     return f"{key}: {first}" if key and key not in first else first

@@ -41,10 +41,11 @@ from lorafit.files import write_json
 from lorafit.jobs import Jobs, Run, RunJob
 from lorafit.recorded import trusted_overrides
 from lorafit.redact import redact_logs, redact_tracebacks, redact_values
-from lorafit.rescue import only_told, unwritable
+from lorafit.rescue import only_told, require_own_folder, unwritable
 from lorafit.schema import CONF
 from lorafit.stopping import stopped_by, stopping
 from lorafit.supervisor import IN_PROCESS, ROLL, Roll, handling, serve, supervise
+from lorafit.sweep import has_checkpoint
 from lorafit.terminal import say
 
 _AUTO = "resume=auto"
@@ -115,6 +116,10 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
                 )
             overrides = [text for text in overrides if not text.startswith("hydra.sweep.dir=")]
             overrides.append(f"hydra.sweep.dir={quoted(plan.folder)}")
+        else:
+            given = _run_folder(overrides)
+            if given is not None and "${" not in given:
+                require_own_folder(Path(given))
         if not _only_shows(arguments):  # Hydra would write down secrets as they are: jobs.py writes its files
             jobs.records = "hydra.output_subdir=null" not in overrides
             overrides = [*overrides, "hydra.output_subdir=null"]
@@ -163,9 +168,14 @@ def _end(name: str, message: str, code: int) -> NoReturn:
 def _replay(overrides: list[str], multirun: bool) -> list[str]:
     """`resume=RUN` means RUN's own overrides, then the ones given now, and goes on in RUN's own folder."""
     folder = _resumed(overrides)
-    recorded = folder / ".hydra" / "overrides.yaml" if folder is not None else None
-    if multirun or recorded is None or not os.path.isfile(recorded):
+    if multirun or folder is None:
         return overrides
+    recorded = folder / ".hydra" / "overrides.yaml"
+    if not os.path.isfile(recorded):
+        if not has_checkpoint(folder):  # it is refused later, as no run
+            return overrides
+        say(f"{recorded} is not there: {folder} goes on with the settings of this command alone")
+        return [f"hydra.run.dir={quoted(str(folder))}", *overrides, "hydra.mode=RUN"]
     try:
         given = yaml.safe_load(recorded.read_text()) if recorded.stat().st_size < _LARGEST else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -186,6 +196,12 @@ def require_one_sweep(overrides: list[str]) -> None:
             raise InputError(f"sweep={value} would run each file as one job: give 'sweep=[{value}]' for both at once")
 
 
+def _run_folder(overrides: list[str]) -> str | None:
+    """The folder that the command gives to its run."""
+    given = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith("hydra.run.dir=")]
+    return os.path.expanduser(given[-1]) if given else None
+
+
 def _resumed(overrides: list[str]) -> Path | None:
     given = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
     return Path(os.path.expanduser(given)) if given not in ("", "auto") else None
@@ -200,15 +216,15 @@ def _seek(overrides: list[str], arguments: Any) -> list[str] | None:
     if arguments.multirun or any(text.startswith(("sweep=", "hydra.mode=")) for text in rest):
         return _seek_sweep(rest)
     values = [text for text in rest if not text.startswith("hydra.")]
-    given = [text.partition("=")[2].strip("'\"") for text in rest if text.startswith("hydra.run.dir=")]
-    if given and "${" in given[-1]:
-        raise InputError(f"resume=auto: hydra.run.dir={given[-1]} is a new folder each time: give a fixed one, or none")
-    if not given and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    given = _run_folder(rest)
+    if given is not None and "${" in given:
+        raise InputError(f"resume=auto: hydra.run.dir={given} is a new folder each time: give a fixed one, or none")
+    if given is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("resume=auto: several processes must find the same run: give hydra.run.dir=FOLDER as well")
     sha256 = config_sha256(compose(values, arguments.config_dir))
-    found = find_run(sha256, Path(given[-1]).expanduser() if given else None)
+    found = find_run(sha256, Path(given) if given is not None else None)
     if found is None:
-        where = given[-1] if given else "outputs"
+        where = given or "outputs"
         say(f"resume=auto: in {where} there is no run of these settings: a new one begins")
         return rest
     if is_done(found, sha256):

@@ -22,6 +22,11 @@ from lorafit.files import clear_drafts
 
 log = logging.getLogger(__name__)
 
+# what a run writes in its folder
+WRITTEN = (
+    *("checkpoints", "adapter", "csv", "wandb", ".hydra", ".lock", "train.log"),
+    *("metrics.json", "history.jsonl", "samples.jsonl"),
+)
 AGAIN_SECONDS = 1.0  # until the second try: a quota or a network disk may have had a bad moment
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 _UNWRITABLE |= {errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EFBIG, errno.ENODEV, errno.ENXIO}
@@ -50,6 +55,28 @@ def before_training(folder: Path) -> Iterator[None]:
         if said is None:
             raise
         raise InputError(said) from error
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raise InputError where something that a run writes into its folder is a link out of it, by which it would write
+    over files elsewhere: the folder may be a stranger's."""
+    home = Path(os.path.realpath(folder))
+    for name in WRITTEN:
+        for path in _links(folder / name):
+            target = Path(os.path.realpath(path))
+            if not target.is_relative_to(home):
+                raise InputError(
+                    f"{str(path)!r} is a link out of the run folder, to {str(target)!r}, and is not followed: put what "
+                    "it leads to in its place, or the whole run folder where there is room, with hydra.run.dir=FOLDER"
+                )
+
+
+def _links(path: Path) -> Iterator[Path]:
+    if os.path.islink(path):
+        yield path
+        return
+    for place, folders, files in os.walk(path):
+        yield from (Path(place, name) for name in (*folders, *files) if os.path.islink(os.path.join(place, name)))
 
 
 @contextlib.contextmanager

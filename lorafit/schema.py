@@ -672,6 +672,9 @@ def _check_files(config: Config) -> Iterable[str]:
         if not found and os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
             yield f"model.name: {name!r} holds no config.json, so it is no model folder"
     if config.resume is not None:
+        if not config.resume.strip():
+            yield "resume is empty: give the folder of a run, auto, or null for a new one"
+            return
         run = Path(config.resume)
         own = [place for place in list(run.parents)[:2] if os.path.isfile(place / ".hydra" / "overrides.yaml")]
         if own and os.path.exists(run) and not os.path.isdir(run / ".hydra"):

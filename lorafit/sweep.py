@@ -27,7 +27,7 @@ import yaml
 from lorafit.build import build_data, device_name, load_base
 from lorafit.config import Config, config_sha256, to_dict
 from lorafit.errors import BusyError, DivergedError, InputError, MemoryExhausted
-from lorafit.rescue import before_training
+from lorafit.rescue import before_training, require_own_folder
 from lorafit.schema import NO_PART_OF_A_RUN, flat, settings_sha256
 
 if TYPE_CHECKING:
@@ -87,8 +87,11 @@ def has_checkpoint(folder: Path) -> bool:
 
 def is_completed(folder: Path) -> bool:
     """Whether a run has come to its end in a folder, its adapter with it."""
-    adapter = folder / "adapter" / "adapter_config.json"
-    return read_metrics(folder).get("status") == "completed" and adapter.is_file()
+    return _is_completed(folder, read_metrics(folder))
+
+
+def _is_completed(folder: Path, metrics: dict[str, Any]) -> bool:
+    return metrics.get("status") == "completed" and (folder / "adapter" / "adapter_config.json").is_file()
 
 
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
@@ -124,6 +127,7 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     Raises DivergedError or MemoryExhausted where that is how the job ended, and InputError where the folder holds a job
     of other settings.
     """
+    require_own_folder(folder)
     metrics, known = read_metrics(folder), recorded_sha256(folder)
     if known is None or (metrics.get("status") == "failed" and not has_checkpoint(folder)):
         return None
@@ -135,7 +139,7 @@ def recorded_result(config: Config, folder: Path, until: float | None) -> float 
     status, rungs = metrics.get("status"), metrics.get("rungs", {})
     if until is not None and str(until) in rungs:
         return rungs[str(until)]
-    if is_completed(folder):
+    if _is_completed(folder, metrics):
         loss = metrics.get("after", {}).get("loss")
         return float(loss) if until is None and _is_number(loss) else math.nan
     for kind in (DivergedError, MemoryExhausted):

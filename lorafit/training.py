@@ -166,6 +166,13 @@ class Run:
 
         self.data = self.shared.data(config)
         metrics["data"] = self.data.statistics()
+        self._require_devices()
+        self._count_steps()
+        require_steps(config, self.steps, self.resumed_at)
+        self.stop = self.job.steps(self.steps) if self.job else None
+        if self.stop and self.resumed_at > self.stop:
+            raise Beyond
+
         self.module = load_module(config, self.shared.base(config))
         ends.model, ends.idle_bytes, ends.doing = self.model, self.shared.idle_bytes, MEASURING
         self.data.check_vocabulary(self.model.get_input_embeddings().num_embeddings)
@@ -177,15 +184,9 @@ class Run:
         self.trainable, self.total = count_parameters(self.model)
         describe_model(metrics, config, self.module, self.trainable, self.total)
 
-        self._require_devices()
-        self._count_steps()
         self.checkpoints.identity = identity(config, self.data, self.model)
         if self.found is not None:
             require_same(config, self.found, self.checkpoints.identity)
-        require_steps(config, self.steps, self.folder, self.resumed_at)
-        self.stop = self.job.steps(self.steps) if self.job else None
-        if self.stop and self.resumed_at > self.stop:
-            raise Beyond
         batches = self.steps * config.trainer.accumulate_grad_batches
         self.compiled = self.module.decide_compilation(tokens_of(self.data, batches))
 
@@ -510,12 +511,12 @@ class Run:
         )
 
 
-def require_steps(config: Config, steps: int, folder: Path, resumed_at: int) -> None:
+def require_steps(config: Config, steps: int, resumed_at: int) -> None:
     """Raise InputError when the warm-up takes all steps, or when the run to be resumed has taken them all."""
     warmup = config.scheduler.warmup
     if isinstance(warmup, int) and 0 < steps <= warmup:
         raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
-    if resumed_at >= steps and is_completed(folder):
+    if config.resume and resumed_at >= steps and is_completed(Path(config.resume)):
         raise InputError(
             f"resume: {config.resume!r} is complete: to go on, raise "
             f"trainer.max_steps above {steps}, with 'allow_changed=[trainer.max_steps]'"

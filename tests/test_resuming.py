@@ -98,6 +98,58 @@ def curve(folder: str | Path, key: str = "train/loss") -> dict[int, float]:
     return {row["step"]: row[key] for row in rows if key in row}
 
 
+# --- in its own folder ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "train.log", "history.jsonl", "checkpoints/last.ckpt", "wandb/run.json"]
+)
+def test_a_run_whose_folder_links_to_files_elsewhere_is_refused_and_they_stay_what_they_are(name: str) -> None:
+    link = Path("run", name)
+    link.parent.mkdir(exist_ok=True)
+    elsewhere = Path("elsewhere").resolve()
+    if link.exists():
+        link.rename(elsewhere)
+    else:
+        elsewhere.write_text("somebody's")
+    link.symlink_to(elsewhere)
+    before = digests(elsewhere)
+    for where in ("resume=run", "hydra.run.dir=run"):
+        code, _, err = program(where, *([] if "resume" in where else COMMAND))
+        assert code == 2 and f"{str(link)!r} is a link out of the run folder" in err, err
+    assert digests(elsewhere) == before
+
+
+def digests(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_a_link_within_the_folder_is_none_out_of_it() -> None:
+    Path("run/checkpoints").rename("run/kept")
+    Path("run/checkpoints").symlink_to("kept")
+    code, _, err = program("resume=run")
+    assert code == 0, err
+    assert adapter("run") == adapter("whole")
+
+
+def test_a_run_that_lost_its_recorded_settings_goes_on_in_its_folder_and_says_with_which() -> None:
+    shutil.rmtree("run/.hydra")
+    code, out, err = program("resume=run", *COMMAND)
+    assert code == 0, err
+    assert "overrides.yaml is not there: run goes on with the settings of this command alone" in out
+    assert adapter("run") == adapter("whole") and not Path("outputs").exists()
+    assert Path("run/.hydra/overrides.yaml").is_file()
+
+
+def test_a_finished_run_is_complete_wherever_it_is_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafit.training.load_module", lambda *_: pytest.fail("the base is loaded in vain"))
+    for where in ([], ["hydra.run.dir=elsewhere"]):
+        code, _, err = program("resume=whole", *where)
+        assert code == 2 and "'whole' is complete: to go on, raise trainer.max_steps above 10" in err
+    assert not Path("elsewhere/metrics.json").exists()
+
+
 # --- it goes on as itself ---------------------------------------------------------------------------------------------
 
 
