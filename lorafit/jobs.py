@@ -15,6 +15,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,27 @@ from lorafit.terminal import say
 Run = Callable[[Config, Path], float | None]
 RunJob = Callable[[Config, Path, Path, float | None], float | None]
 _failures = logging.getLogger("lorafit.failure")  # goes to the log file alone, see conf/train.yaml
-_running: tuple[DictConfig, Any] | None = None  # the job at hand: its configuration as composed, and Hydra's own
+
+
+@dataclass
+class _Running:
+    """The job at hand: its configuration as composed, and Hydra's own."""
+
+    values: DictConfig
+    hydra: Any
+
+    @functools.cached_property
+    def files(self) -> dict[str, str]:
+        """Hydra's three files of it; they are written more than once, and it takes long to lay them out."""
+        given = [text for text in given_overrides() if not text.startswith("allow_changed=")]
+        return {
+            "overrides.yaml": _yaml(given),
+            "config.yaml": _yaml(OmegaConf.to_container(self.values)),
+            "hydra.yaml": _yaml({"hydra": OmegaConf.to_container(self.hydra)}),
+        }
+
+
+_running: _Running | None = None
 
 
 class Jobs:
@@ -58,7 +79,7 @@ class Jobs:
         global _running
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
-        _running = (values, hydra_config)
+        _running = _Running(values, hydra_config)
         _log_while_possible()
         try:
             if hydra_config.mode == RunMode.MULTIRUN:
@@ -176,26 +197,22 @@ def record_settings(folder: Path, config: Config) -> None:
     secrets, and before anybody has looked at what is in the folder; so it is told not to."""
     if is_program():
         record_command(folder)
-        _write_yaml(folder / ".hydra" / "resolved.yaml", to_dict(config))
+        _write(folder / ".hydra" / "resolved.yaml", _yaml(to_dict(config)))
 
 
 def record_command(folder: Path) -> None:
     """The part of `record_settings` that is known before the configuration is checked: Hydra's three files."""
     if _running is None:
         return
-    values, hydra_config = _running
-    home = folder / ".hydra"
-    given = [text for text in given_overrides() if not text.startswith("allow_changed=")]
-    _write_yaml(home / "overrides.yaml", given)
-    _write_yaml(home / "config.yaml", OmegaConf.to_container(values))
-    _write_yaml(home / "hydra.yaml", {"hydra": OmegaConf.to_container(hydra_config)})
+    for name, text in _running.files.items():
+        _write(folder / ".hydra" / name, text)
 
 
 def given_overrides() -> list[str]:
     """The overrides of the job at hand as they were given, secrets and all; without resume, and of what was said twice
     the last."""
     assert _running is not None
-    given = [text for text in _as_given(_running[1]) if not text.startswith("resume=")]
+    given = [text for text in _as_given(_running.hydra) if not text.startswith("resume=")]
     return list({text.partition("=")[0]: text for text in given}.values())
 
 
@@ -205,9 +222,13 @@ def _as_given(hydra_config: Any) -> list[str]:
     return given
 
 
-def _write_yaml(path: Path, value: Any) -> None:
+def _yaml(value: Any) -> str:
+    """A value as YAML, secrets as ***."""
     # before it becomes YAML, where a bare *** is an error
-    text = OmegaConf.to_yaml(OmegaConf.create(redact_values(value)))
+    return OmegaConf.to_yaml(OmegaConf.create(redact_values(value)))
+
+
+def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -216,12 +237,12 @@ def _redact_file(path: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         text = path.read_text()
         if redact(text) != text:
-            _write_yaml(path, yaml.safe_load(text))
+            _write(path, _yaml(yaml.safe_load(text)))
 
 
 def config_folder() -> str | None:
     """The user's own folder of settings that the job at hand was composed with (--config-dir)."""
-    sources = [] if _running is None else _running[1].runtime.config_sources
+    sources = [] if _running is None else _running.hydra.runtime.config_sources
     return next((source.path for source in sources if source.provider == "command-line"), None)
 
 
@@ -244,7 +265,7 @@ def _record_death(folder: Path, said: str) -> bool:
 
 def _record_refusal(folder: Path, said: str) -> None:
     if _running is not None:
-        _write_yaml(folder / ".hydra" / "overrides.yaml", _as_given(_running[1]))
+        _write(folder / ".hydra" / "overrides.yaml", _yaml(_as_given(_running.hydra)))
     write_json(folder / "metrics.json", {"status": "failed", "error": said})
 
 

@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import hydra
 import hydra.version
 import yaml
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -49,6 +50,7 @@ from lorafit.sweep import has_checkpoint
 from lorafit.terminal import say
 
 _AUTO = "resume=auto"
+_NO_SWEEP = ("hydra.run.dir=", "hydra.job.name=", "hydra.output_subdir=", "hydra.mode=RUN")  # what these say
 _LARGEST = 2**20  # bytes of recorded overrides: far more than a command line has
 _COMMANDS = "sweep.json"  # in a sweep's folder: the commands that began it
 
@@ -125,7 +127,8 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
             overrides = [*overrides, "hydra.output_subdir=null"]
         arguments.overrides = [*first, *overrides]
         if plan is None:
-            _run_hydra(arguments, parser, jobs, str(CONF), "train")
+            with _single(arguments, overrides):
+                _run_hydra(arguments, parser, jobs, str(CONF), "train")
             if jobs.error is not None:
                 raise jobs.error
             if jobs.roll is not None:
@@ -382,6 +385,22 @@ def _plan(arguments: Any, overrides: list[str]) -> _Plan | None:
         return _Plan(os.path.expanduser(values.hydra.sweep.dir), basic, factor, first, params)
     except Exception:
         return None
+
+
+@contextlib.contextmanager
+def _single(arguments: Any, overrides: list[str]) -> Iterator[None]:
+    """Hydra composes all of the configuration once more, only to ask whether it is a sweep: not where it cannot be one,
+    since every file that may say so is ours."""
+    strange = arguments.config_dir or arguments.config_path or arguments.config_name
+    if strange or any(text.lstrip("+~").startswith("hydra") and not text.startswith(_NO_SWEEP) for text in overrides):
+        yield
+        return
+    asked = Hydra.get_mode
+    Hydra.get_mode = lambda *_, **__: RunMode.RUN  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = asked  # type: ignore[method-assign]
 
 
 # ------------------------------------------------------------------------------------------------------------ the sweep
