@@ -42,7 +42,7 @@ from lorafit.files import write_json
 from lorafit.jobs import Jobs, Run, RunJob
 from lorafit.recorded import trusted_overrides
 from lorafit.redact import redact_logs, redact_tracebacks, redact_values
-from lorafit.rescue import only_told, require_own_folder, unwritable
+from lorafit.rescue import only_told, require_own_folder, require_own_sweep, unwritable
 from lorafit.schema import CONF
 from lorafit.stopping import stopped_by, stopping
 from lorafit.supervisor import IN_PROCESS, ROLL, Roll, handling, serve, supervise
@@ -118,6 +118,7 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
                 )
             overrides = [text for text in overrides if not text.startswith("hydra.sweep.dir=")]
             overrides.append(f"hydra.sweep.dir={quoted(plan.folder)}")
+            require_own_sweep(Path(plan.folder))
         else:
             given = _run_folder(overrides)
             if given is not None and "${" not in given:

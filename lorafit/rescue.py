@@ -23,7 +23,7 @@ from lorafit.files import clear_drafts
 log = logging.getLogger(__name__)
 
 # what a run writes in its folder
-WRITTEN = (
+_WRITTEN = (
     *("checkpoints", "adapter", "csv", "wandb", ".hydra", ".lock", "train.log"),
     *("metrics.json", "history.jsonl", "samples.jsonl"),
 )
@@ -61,22 +61,28 @@ def require_own_folder(folder: Path) -> None:
     """Raise InputError where something that a run writes into its folder is a link out of it, by which it would write
     over files elsewhere: the folder may be a stranger's."""
     home = Path(os.path.realpath(folder))
-    for name in WRITTEN:
-        for path in _links(folder / name):
-            target = Path(os.path.realpath(path))
-            if not target.is_relative_to(home):
-                raise InputError(
-                    f"{str(path)!r} is a link out of the run folder, to {str(target)!r}, and is not followed: put what "
-                    "it leads to in its place, or the whole run folder where there is room, with hydra.run.dir=FOLDER"
-                )
+    for name in _WRITTEN:
+        _require_within(home, folder / name)
+        for place, folders, files in os.walk(folder / name):
+            for below in (*folders, *files):
+                _require_within(home, Path(place, below))
 
 
-def _links(path: Path) -> Iterator[Path]:
-    if os.path.islink(path):
-        yield path
-        return
-    for place, folders, files in os.walk(path):
-        yield from (Path(place, name) for name in (*folders, *files) if os.path.islink(os.path.join(place, name)))
+def require_own_sweep(folder: Path) -> None:
+    """The same for the folder of a sweep and those of its jobs."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        for entry in os.scandir(folder):
+            _require_within(Path(os.path.realpath(folder)), Path(entry.path))
+            if entry.is_dir():
+                require_own_folder(Path(entry.path))
+
+
+def _require_within(home: Path, path: Path) -> None:
+    if os.path.islink(path) and not (target := Path(os.path.realpath(path))).is_relative_to(home):
+        raise InputError(
+            f"{str(path)!r} is a link out of the run folder, to {str(target)!r}, and is not followed: put what it leads "
+            "to in its place, or the whole folder where there is room, with hydra.run.dir or hydra.sweep.dir"
+        )
 
 
 @contextlib.contextmanager

@@ -435,6 +435,20 @@ def test_a_sweep_that_does_not_say_what_was_swept_is_refused(text: str, tmp_path
     assert code == 2 and "Traceback" not in err and err.count("\n") <= 2, err
 
 
+@pytest.mark.parametrize("link", ["rank=2", "rank=2/train.log", "multirun.yaml"])
+def test_a_sweep_is_not_written_through_a_link_out_of_its_folder(link: str, tmp_path: Path) -> None:
+    elsewhere, path = tmp_path / "elsewhere", tmp_path / "sweep" / link
+    path.parent.mkdir(parents=True)
+    if link == "rank=2":
+        elsewhere.mkdir()
+    else:
+        elsewhere.write_text("somebody's")
+    path.symlink_to(elsewhere)
+    code, _, err = run_program(lorafit.train, "-m", "rank=2,4", "hydra.sweep.dir=sweep", "trainer.max_steps=1")
+    assert code == 2 and f"{f'sweep/{link}'!r} is a link out of the run folder" in err, err
+    assert list(elsewhere.iterdir()) == [] if elsewhere.is_dir() else elsewhere.read_text() == "somebody's"
+
+
 # ------------------------------------------------------------------------------------------------ merged folders
 
 
