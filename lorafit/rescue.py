@@ -80,8 +80,8 @@ def require_own_sweep(folder: Path) -> None:
 def _require_within(home: Path, path: Path) -> None:
     if os.path.islink(path) and not (target := Path(os.path.realpath(path))).is_relative_to(home):
         raise InputError(
-            f"{str(path)!r} is a link out of the run folder, to {str(target)!r}, and is not followed: put what it leads "
-            "to in its place, or the whole folder where there is room, with hydra.run.dir or hydra.sweep.dir"
+            f"{str(path)!r} is a link out of the run folder, to {str(target)!r}, and is not followed: put what it "
+            "leads to in its place, or the whole folder where there is room, with hydra.run.dir or hydra.sweep.dir"
         )
 
 
