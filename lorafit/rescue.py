@@ -22,9 +22,9 @@ from lorafit.files import clear_drafts
 
 log = logging.getLogger(__name__)
 
-# what a run writes in its folder
+# what a run writes into its folder; in its own folders W&B makes links to its logs, and each run of it has a new one
 _WRITTEN = (
-    *("checkpoints", "adapter", "csv", "wandb", ".hydra", ".lock", "train.log"),
+    *("checkpoints", "adapter", "csv", ".hydra", "wandb", "wandb/run.json", ".lock", "train.log"),
     *("metrics.json", "history.jsonl", "samples.jsonl"),
 )
 AGAIN_SECONDS = 1.0  # until the second try: a quota or a network disk may have had a bad moment
@@ -63,7 +63,7 @@ def require_own_folder(folder: Path) -> None:
     home = Path(os.path.realpath(folder))
     for name in _WRITTEN:
         _require_within(home, folder / name)
-        for place, folders, files in os.walk(folder / name):
+        for place, folders, files in os.walk(folder / name) if name != "wandb" else ():
             for below in (*folders, *files):
                 _require_within(home, Path(place, below))
 

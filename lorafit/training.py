@@ -166,13 +166,6 @@ class Run:
 
         self.data = self.shared.data(config)
         metrics["data"] = self.data.statistics()
-        self._require_devices()
-        self._count_steps()
-        require_steps(config, self.steps, self.resumed_at)
-        self.stop = self.job.steps(self.steps) if self.job else None
-        if self.stop and self.resumed_at > self.stop:
-            raise Beyond
-
         self.module = load_module(config, self.shared.base(config))
         ends.model, ends.idle_bytes, ends.doing = self.model, self.shared.idle_bytes, MEASURING
         self.data.check_vocabulary(self.model.get_input_embeddings().num_embeddings)
@@ -184,9 +177,15 @@ class Run:
         self.trainable, self.total = count_parameters(self.model)
         describe_model(metrics, config, self.module, self.trainable, self.total)
 
+        self._require_devices()
+        self._count_steps()
         self.checkpoints.identity = identity(config, self.data, self.model)
         if self.found is not None:
             require_same(config, self.found, self.checkpoints.identity)
+        require_steps(config, self.steps, self.resumed_at)
+        self.stop = self.job.steps(self.steps) if self.job else None
+        if self.stop and self.resumed_at > self.stop:
+            raise Beyond
         batches = self.steps * config.trainer.accumulate_grad_batches
         self.compiled = self.module.decide_compilation(tokens_of(self.data, batches))
 

@@ -40,7 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"error:::lorafit(\..*)?")
 
 
+# files that take minutes; begun last, one of them would run alone while the other processes have nothing left
+_LONG = ("resuming", "sweep", "launchers", "bench", "supervisor", "merging", "notebooks", "train", "faults", "hostile")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    long = {f"test_{name}": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: long.get(item.path.stem, len(long)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

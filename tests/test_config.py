@@ -268,7 +268,10 @@ def test_a_home_directory_is_understood(tmp_path: Path, monkeypatch: pytest.Monk
         ("rank=4,8", "'rank=4,8' lists several values: add -m to run a job for each (a list is written in brackets)"),
         ("quant=nf4,none", "'quant=nf4,none' lists several values: add -m to run a job for each"),
         ("rank", "cannot read the override 'rank': an override is key=value"),
-        ("data.allow=end_masked", "data.allow must be a list: data.allow=[A,B]"),
+        (
+            "data.allow=end_masked",
+            "data.allow must be a list, in brackets also where it has one entry: 'data.allow=[A]', 'data.allow=[A,B]'",
+        ),
         (
             "data.path=a=b",
             "cannot read the override 'data.path=a=b': "

@@ -134,7 +134,9 @@ def test_it_shows_one_sweep_or_all_runs(written: dict[str, Any]) -> None:
 
 
 def test_every_chart_shows_what_a_run_has_logged(written: dict[str, Any], tmp_path: Path) -> None:
-    code, _, said = run_program(lorafit.train, "experiment=smoke", "quant=nf4", f"hydra.run.dir={tmp_path / 'run'}")
+    (tmp_path / "general.txt").write_text("Bees tell each other where flowers are by dancing on the comb.")
+    given = (f"task.retention_path={tmp_path / 'general.txt'}", f"hydra.run.dir={tmp_path / 'run'}")
+    code, _, said = run_program(lorafit.train, "experiment=smoke", "quant=nf4", *given)
     assert code == 0, said
     told = only(tmp_path / "run")
     keys, expected = logged(told), shown(written)
