@@ -7,7 +7,7 @@
     ├── NotLearning       3      training runs, but does not do what it should
     ├── MemoryExhausted   4      the device or the host has no memory left
     ├── NotSaved          5      trained, but what was to be kept could not be written
-    └── GroupFailed       1      another of the processes that train together has failed
+    └── GroupFailed     its own  another of the processes that train together has failed
     Stopped         130, 143     a signal asked the run to end (a BaseException: nothing swallows it)
     Paused                       training was to stop here; the run takes it from there (a BaseException as well)
 
@@ -67,7 +67,7 @@ class NotSaved(LorafitError):
 
 
 class GroupFailed(LorafitError):
-    """Another of the processes that train together has failed alone, and has said why."""
+    """Another of the processes that train together has failed alone, and has said why; `exit_code` is its own."""
 
 
 class Stopped(BaseException):

@@ -146,7 +146,9 @@ def one_line(error: BaseException) -> str:
     wrong = re.match(r"Value (.*) is not a valid bool", first)
     if key and wrong:
         return f"{key} must be true or false, got {wrong[1]}"
-    if key and ("is not a ListConfig" in first or "Cannot merge DictConfig with ListConfig" in first):
+    if key and "Cannot merge DictConfig with ListConfig" in first:  # whichever of them it was
+        return f"{key} is of another kind: a list is given as '{key}=[A,B]', a section by its keys, '{key}.KEY=A'"
+    if key and "is not a ListConfig" in first:
         return f"{key} must be a list, in brackets also where it has one entry: '{key}=[A]', '{key}=[A,B]'"
     if key and "is not Optional" in first:
         return f"{key} cannot be null"

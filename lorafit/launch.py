@@ -110,6 +110,7 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
         first = [f"hydra.job.name={name}", *_name_jobs(overrides, plan.params if plan is not None else ())]
         if arguments.multirun or plan is not None:
             overrides = postpone(overrides)
+        writes = job is not None and not _only_shows(arguments)
         if plan is not None:
             if _resumed(overrides) is not None and job is not None:
                 raise InputError(
@@ -118,11 +119,10 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
                 )
             overrides = [text for text in overrides if not text.startswith("hydra.sweep.dir=")]
             overrides.append(f"hydra.sweep.dir={quoted(plan.folder)}")
-            require_own_sweep(Path(plan.folder))
-        else:
-            given = _run_folder(overrides)
-            if given is not None and "${" not in given:
-                require_own_folder(Path(given))
+            if writes:
+                require_own_sweep(Path(plan.folder))
+        elif writes and (given := _run_folder(overrides)) is not None and "${" not in given:
+            require_own_folder(Path(given))
         if not _only_shows(arguments):  # Hydra would write down secrets as they are: jobs.py writes its files
             jobs.records = "hydra.output_subdir=null" not in overrides
             overrides = [*overrides, "hydra.output_subdir=null"]
@@ -178,7 +178,7 @@ def _replay(overrides: list[str], multirun: bool) -> list[str]:
     if not os.path.isfile(recorded):
         if not has_checkpoint(folder):  # it is refused later, as no run
             return overrides
-        say(f"{recorded} is not there: {folder} goes on with the settings of this command alone")
+        say(f"{recorded} is not there: {folder} goes on with the settings of this command alone", error=True)
         return [f"hydra.run.dir={quoted(str(folder))}", *overrides, "hydra.mode=RUN"]
     try:
         given = yaml.safe_load(recorded.read_text()) if recorded.stat().st_size < _LARGEST else None
@@ -392,7 +392,8 @@ def _plan(arguments: Any, overrides: list[str]) -> _Plan | None:
 def _single(arguments: Any, overrides: list[str]) -> Iterator[None]:
     """Hydra composes all of the configuration once more, only to ask whether it is a sweep: not where it cannot be one,
     since every file that may say so is ours."""
-    strange = arguments.config_dir or arguments.config_path or arguments.config_name
+    strange = arguments.multirun or arguments.config_dir or arguments.config_path or arguments.config_name
+    strange = strange or any(text.lstrip("+").startswith("experiment") for text in overrides)  # one of the user's own
     if strange or any(text.lstrip("+~").startswith("hydra") and not text.startswith(_NO_SWEEP) for text in overrides):
         yield
         return

@@ -27,6 +27,7 @@ _WRITTEN = (
     *("checkpoints", "adapter", "csv", ".hydra", "wandb", "wandb/run.json", ".lock", "train.log"),
     *("metrics.json", "history.jsonl", "samples.jsonl"),
 )
+_SWEEP = ("multirun.yaml", "sweep.json", "wandb")
 AGAIN_SECONDS = 1.0  # until the second try: a quota or a network disk may have had a bad moment
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 _UNWRITABLE |= {errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EFBIG, errno.ENODEV, errno.ENXIO}
@@ -62,25 +63,39 @@ def require_own_folder(folder: Path) -> None:
     over files elsewhere: the folder may be a stranger's."""
     home = Path(os.path.realpath(folder))
     for name in _WRITTEN:
-        _require_within(home, folder / name)
+        require_within(home, folder / name)
         for place, folders, files in os.walk(folder / name) if name != "wandb" else ():
             for below in (*folders, *files):
-                _require_within(home, Path(place, below))
+                require_within(home, Path(place, below))
+    if os.path.lexists(folder.parent / "multirun.yaml"):  # it is a job of a sweep, and writes there as well
+        require_within(home.parent, folder.parent / "wandb")
 
 
 def require_own_sweep(folder: Path) -> None:
-    """The same for the folder of a sweep and those of its jobs."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        for entry in os.scandir(folder):
-            _require_within(Path(os.path.realpath(folder)), Path(entry.path))
-            if entry.is_dir():
-                require_own_folder(Path(entry.path))
+    """The same for the folder of a sweep, and for what lies in it: at whatever depth, since jobs may lie in folders of
+    folders."""
+    home = Path(os.path.realpath(folder))
+    for name in _SWEEP:
+        require_within(home, folder / name)
+    if not any(os.path.lexists(folder / name) for name in _SWEEP):
+        return  # there was no sweep
+    for place, folders, files in os.walk(folder):
+        for name in {*_WRITTEN} & {*folders, *files}:
+            require_within(home, Path(place, name))
+        for name in folders:
+            path = Path(place, name)
+            if os.path.islink(path) and any(os.path.lexists(path / written) for written in _WRITTEN):
+                require_within(home, path)
+        if {*_WRITTEN} & {*folders, *files}:
+            require_own_folder(Path(place))
+        folders[:] = [name for name in folders if name not in _WRITTEN]
 
 
-def _require_within(home: Path, path: Path) -> None:
+def require_within(home: Path, path: Path) -> None:
+    """Raise InputError where a path is a link out of a folder. home: the folder, without links."""
     if os.path.islink(path) and not (target := Path(os.path.realpath(path))).is_relative_to(home):
         raise InputError(
-            f"{str(path)!r} is a link out of the run folder, to {str(target)!r}, and is not followed: put what it "
+            f"{str(path)!r} is a link out of the folder, to {str(target)!r}, and is not followed: put what it "
             "leads to in its place, or the whole folder where there is room, with hydra.run.dir or hydra.sweep.dir"
         )
 

@@ -27,7 +27,7 @@ from lorafit.config import Config, config_sha256
 from lorafit.errors import DivergedError, InputError, LorafitError, MemoryExhausted, NotLearning, NotSaved, Stopped
 from lorafit.jobs import record_settings
 from lorafit.launch import start
-from lorafit.rescue import before_training, remedy, tried_twice
+from lorafit.rescue import before_training, remedy, require_within, tried_twice
 from lorafit.results import note_metrics, write_metrics
 from lorafit.resuming import holds_a_run, set_aside
 from lorafit.stopping import stopped_by
@@ -83,6 +83,7 @@ def run_job(config: Config, folder: Path, sweep: Path, until: float | None) -> f
     NaN where it stands beyond the share of its steps, `until`, at which it was to be looked at.
     """
     with alone(folder) if is_main_process() else contextlib.nullcontext():
+        require_within(Path(os.path.realpath(sweep)), folder)
         found = recorded_result(config, folder, until)
         if found is not None:
             say(f"done already: held-out loss {found:.4g}" if math.isfinite(found) else "done already")
@@ -144,7 +145,7 @@ def _note(this: Run, status: str, error: str) -> None:
         note_metrics(this.folder, read_metrics(this.folder) | {"status": status, "error": error})
 
 
-def _abandon(this: Run, error: LorafitError) -> NoReturn:
+def _abandon(this: Run, error: LorafitError | Stopped) -> NoReturn:
     """End the process from another thread: this one waits for what will never come."""
     _note(this, error.status, str(error))
     say(f"lorafit train: {error}", error=True)
@@ -156,8 +157,10 @@ def _in_group(this: Run) -> float:
     end: Lightning kills the first one when another fails, and that has to write down what happened."""
     try:
         return fine_tune(this)
-    except (DivergedError, NotLearning, Stopped):
+    except (DivergedError, NotLearning):
         sys.exit(0)
+    except Stopped as stop:
+        sys.exit(0 if this.trains else stop.exit_code)  # the others wait for one that has not begun
 
 
 if __name__ == "__main__":

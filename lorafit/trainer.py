@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -31,7 +32,8 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from transformers.utils import logging as hf_logging
 
 from lorafit.checkpoint import load_run, save_checkpoint
-from lorafit.errors import DivergedError, GroupFailed, LorafitError, MemoryExhausted, NotLearning, reason
+from lorafit.errors import DivergedError, GroupFailed, LorafitError, MemoryExhausted, NotLearning, Stopped, reason
+from lorafit.stopping import stopped_by
 
 log = logging.getLogger(__name__)
 _told: weakref.WeakSet[Any] = weakref.WeakSet()  # the loggers of whose failing a warning was given
@@ -61,6 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 WAIT_SECONDS = 60.0  # how long the other processes of a group may take to end after the first one
 NOTICE_SECONDS = 5.0  # how long it may take until one notices that another is gone
+_LEFT_ALONE = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 _OF_A_GROUP = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
@@ -77,7 +80,7 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
         processes: int,
         nodes: int,
         command: Sequence[str],
-        abandon: Callable[[LorafitError], object],
+        abandon: Callable[[LorafitError | Stopped], object],
     ) -> None:
         super().__init__(environment, processes, nodes)
         self.command, self.abandon = list(command), abandon
@@ -97,8 +100,8 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
             raise
         except Exception as error:
             patience = NOTICE_SECONDS  # the others wait for this one
-            # what a collective says when its other end is gone; that process may take a moment to be so itself
-            failed = None if isinstance(error, LorafitError) else self._failed(NOTICE_SECONDS)
+            # a process whose end of a collective is gone may take a moment to be so itself
+            failed = self._failed(NOTICE_SECONDS) if _is_left_alone(error) and stopped_by() is None else None
             if failed is None:
                 raise
             raise failed from error
@@ -131,7 +134,7 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
                 self.abandon(failed)
                 return
 
-    def _failed(self, seconds: float) -> LorafitError | None:
+    def _failed(self, seconds: float) -> LorafitError | Stopped | None:
         """What has become of another process that has not ended well; None where within so many seconds none has."""
         deadline = time.monotonic() + seconds
         while True:
@@ -155,14 +158,29 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
                     process.wait()
 
 
-def _failure(code: int) -> LorafitError:
+def _is_left_alone(error: Exception) -> bool:
+    """Whether an error is what a collective says when another process of the group is gone."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and _LEFT_ALONE.search(str(error)) is not None
+    )
+
+
+def _failure(code: int) -> LorafitError | Stopped:
     """What the exit code of another process of the group says; a negative one is the signal that killed it."""
+    number = -code if code < 0 else code - 128
+    if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        return Stopped(number)
     if code == MemoryExhausted.exit_code:
         return MemoryExhausted("another process of the group has run out of memory, and says above what it held")
-    if code == -signal.SIGKILL:
-        return MemoryExhausted("another process of the group was killed, as when the host has no memory left")
-    said = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has failed with exit code {code}; see above"
-    return GroupFailed(f"another process of the group {said}")
+    if number == signal.SIGKILL:
+        killed = GroupFailed("another process of the group was killed, as when the host has no memory left")
+        killed.exit_code, killed.status = MemoryExhausted.exit_code, Stopped.status
+        return killed
+    name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+    said = f"was killed by {name}" if code < 0 else f"has failed with exit code {code}, and says above why"
+    failed = GroupFailed(f"another process of the group {said}")
+    failed.exit_code = max(1, code)
+    return failed
 
 
 class JobDDP(DDPStrategy):
@@ -172,7 +190,7 @@ class JobDDP(DDPStrategy):
     another has failed and this one cannot be reached.
     """
 
-    def __init__(self, command: Sequence[str], abandon: Callable[[LorafitError], object]) -> None:
+    def __init__(self, command: Sequence[str], abandon: Callable[[LorafitError | Stopped], object]) -> None:
         super().__init__()
         self.command, self.abandon = command, abandon
 

@@ -127,7 +127,7 @@ class Run:
         folder: Path,
         shared: Shared,
         job: Job | None = None,
-        abandon: Callable[[Run, LorafitError], object] = lambda run, error: None,
+        abandon: Callable[[Run, LorafitError | Stopped], object] = lambda run, error: None,
     ) -> None:
         self.began = time.perf_counter()  # before the heavy imports, which are a part of what it takes to start
         self.config, self.folder, self.shared, self.job = config, folder, shared, job
@@ -137,6 +137,11 @@ class Run:
             self.metrics["rungs"] = job.rungs
         self.taken = False
         self.terminal = console(quiet=not is_main_process())
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has come to its first step."""
+        return hasattr(self, "module") and self.module.began
 
     @property
     def model(self) -> Any:

@@ -134,6 +134,8 @@ def forked(
     """Start `python -m PROGRAM arguments` in a fork of the server."""
     address, home = _server()
     folder = Path(tempfile.mkdtemp(dir=home))
+    for name in ("out", "err"):  # a child may be killed before it has opened them
+        (folder / name).touch()
     request = {
         "program": program,
         "arguments": list(arguments),

@@ -23,6 +23,8 @@ import safetensors.torch
 import torch
 
 from lorafit.checkpoint import load_checkpoint
+from lorafit.errors import GroupFailed, MemoryExhausted, Stopped
+from lorafit.trainer import _failure, _is_left_alone
 
 TINY = (
     *("trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "data.batch_size=4", "task.generate_examples=4"),
@@ -185,6 +187,34 @@ def test_a_run_of_which_one_process_alone_runs_out_of_memory_ends_with_4(tmp_pat
     assert metrics_of("run")["status"] == "out_of_memory"
 
 
+@pytest.mark.parametrize(
+    ("code", "kind", "exit_code", "status"),
+    [
+        (4, MemoryExhausted, 4, "out_of_memory"),
+        (-9, GroupFailed, 4, "interrupted"),
+        (137, GroupFailed, 4, "interrupted"),
+        (143, Stopped, 143, "interrupted"),
+        (-2, Stopped, 130, "interrupted"),
+        (2, GroupFailed, 2, "failed"),
+        (1, GroupFailed, 1, "failed"),
+        (-11, GroupFailed, 1, "failed"),
+        (-40, GroupFailed, 1, "failed"),  # a signal without a name
+    ],
+)
+def test_a_process_that_ends_alone_gives_the_group_its_exit_code(
+    code: int, kind: type[BaseException], exit_code: int, status: str
+) -> None:
+    failed = _failure(code)
+    assert type(failed) is kind and (failed.exit_code, failed.status) == (exit_code, status)
+
+
+def test_only_what_a_collective_says_is_taken_for_the_end_of_another() -> None:
+    gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    assert _is_left_alone(gloo) and _is_left_alone(torch.distributed.DistBackendError("NCCL error"))
+    for own in (RuntimeError("a bug"), ValueError("socket"), KeyError("optimizer_states")):
+        assert not _is_left_alone(own)
+
+
 def test_a_run_on_two_devices_goes_on_bit_for_bit_when_one_is_killed_and_when_only_one_is_told_to_end() -> None:
     """Each process draws dropout masks of its own, and a signal reaches one of them."""
     command = ("trainer.devices=2", "dropout=0.1", "rank=2", "trainer.max_steps=20")
@@ -205,7 +235,7 @@ def test_a_run_on_two_devices_goes_on_bit_for_bit_when_one_is_killed_and_when_on
         process.kill()
     assert process.returncode == 4 and "Traceback" not in err, err
     assert "another process of the group was killed" in err
-    assert metrics_of("run")["status"] == "out_of_memory"
+    assert metrics_of("run")["status"] == "interrupted"
 
     reached = step()
     process = start("resume=run")

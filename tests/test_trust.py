@@ -435,18 +435,32 @@ def test_a_sweep_that_does_not_say_what_was_swept_is_refused(text: str, tmp_path
     assert code == 2 and "Traceback" not in err and err.count("\n") <= 2, err
 
 
-@pytest.mark.parametrize("link", ["rank=2", "rank=2/train.log", "multirun.yaml"])
+@pytest.mark.parametrize("link", ["rank=2", "rank=2/train.log", "a/b/.hydra", "multirun.yaml"])
 def test_a_sweep_is_not_written_through_a_link_out_of_its_folder(link: str, tmp_path: Path) -> None:
     elsewhere, path = tmp_path / "elsewhere", tmp_path / "sweep" / link
     path.parent.mkdir(parents=True)
+    (tmp_path / "sweep" / "sweep.json").write_text("[]")
     if link == "rank=2":
-        elsewhere.mkdir()
+        (elsewhere / "checkpoints").mkdir(parents=True)
     else:
         elsewhere.write_text("somebody's")
     path.symlink_to(elsewhere)
     code, _, err = run_program(lorafit.train, "-m", "rank=2,4", "hydra.sweep.dir=sweep", "trainer.max_steps=1")
-    assert code == 2 and f"{f'sweep/{link}'!r} is a link out of the run folder" in err, err
-    assert list(elsewhere.iterdir()) == [] if elsewhere.is_dir() else elsewhere.read_text() == "somebody's"
+    assert code == 2 and f"{f'sweep/{link}'!r} is a link out of the folder" in err, err
+    if elsewhere.is_dir():
+        assert [path.name for path in elsewhere.iterdir()] == ["checkpoints"]
+    else:
+        assert elsewhere.read_text() == "somebody's"
+
+
+def test_a_job_is_not_run_through_a_link_and_other_links_are_nobodys_business(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("rank=2", "data"):
+        (tmp_path / "sweep").mkdir(exist_ok=True)
+        (tmp_path / "sweep" / name).symlink_to(tmp_path / "elsewhere")
+    code, _, err = run_program(lorafit.train, "-m", "rank=2,x", "hydra.sweep.dir=sweep", "trainer.max_steps=1")
+    assert code == 2 and "sweep/rank=2' is a link out of the folder" in err and "sweep/data" not in err, err
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} <= {"train.log", ".lock"}
 
 
 # ------------------------------------------------------------------------------------------------ merged folders
