@@ -150,7 +150,8 @@ class Jobs:
             say(f"job {hydra_config.job.num} failed: {said}", error=True)
             _free(error)
             told = redact(str(error) if isinstance(error, LorafitError) else f"{type(error).__name__}: {error}")
-            refused = self.job is not None and not isinstance(error, BusyError)
+            own = not isinstance(error, BusyError) and not folder.is_symlink()  # what it is refused for may be a link
+            refused = self.job is not None and own
             if refused and not (folder / "metrics.json").exists():  # before it was called
                 with contextlib.suppress(OSError):  # it may be the disk that was refused
                     _record_refusal(folder, told)
