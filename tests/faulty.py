@@ -289,6 +289,8 @@ def _serve(address: str) -> None:
     listener.bind(address)
     listener.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which nohup and a shell's & have programs ignore
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.write(1, b"ready\n")
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
