@@ -364,6 +364,7 @@ def _child(request: dict[str, Any], connection: socket.socket) -> None:
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # the server may have asked where it is before the caller's environment said so
     os.chdir(request["cwd"])
     sys.path[:] = [str(HERE), *request["path"]]
     sys.argv = [request["program"].replace(".", " "), *request["arguments"]]
