@@ -44,7 +44,7 @@ from lorafit.recorded import trusted_overrides
 from lorafit.redact import redact_logs, redact_tracebacks, redact_values
 from lorafit.rescue import only_told, require_own_folder, require_own_sweep, unwritable
 from lorafit.schema import CONF
-from lorafit.stopping import stopped_by, stopping
+from lorafit.stopping import signal_name, stopped_by, stopping
 from lorafit.supervisor import IN_PROCESS, ROLL, Roll, handling, serve, supervise
 from lorafit.sweep import has_checkpoint
 from lorafit.terminal import say
@@ -106,11 +106,12 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
             overrides = sought
         else:
             overrides = _replay(overrides, arguments.multirun)
-        plan = None if _only_shows(arguments) else _plan(arguments, overrides)
+        shows = _only_shows(arguments)
+        writes = job is not None and not shows
+        plan = None if shows else _plan(arguments, overrides)
         first = [f"hydra.job.name={name}", *_name_jobs(overrides, plan.params if plan is not None else ())]
         if arguments.multirun or plan is not None:
             overrides = postpone(overrides)
-        writes = job is not None and not _only_shows(arguments)
         if plan is not None:
             if _resumed(overrides) is not None and job is not None:
                 raise InputError(
@@ -123,7 +124,7 @@ def _start(name: str, run: Run, job: RunJob | None, folder_key: str | None) -> N
                 require_own_sweep(Path(plan.folder))
         elif writes and (given := _run_folder(overrides)) is not None and "${" not in given:
             require_own_folder(Path(given))
-        if not _only_shows(arguments):  # Hydra would write down secrets as they are: jobs.py writes its files
+        if not shows:  # Hydra would write down secrets as they are: jobs.py writes its files
             jobs.records = "hydra.output_subdir=null" not in overrides
             overrides = [*overrides, "hydra.output_subdir=null"]
         arguments.overrides = [*first, *overrides]
@@ -202,13 +203,20 @@ def require_one_sweep(overrides: list[str]) -> None:
 
 def _run_folder(overrides: list[str]) -> str | None:
     """The folder that the command gives to its run."""
-    given = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith("hydra.run.dir=")]
-    return os.path.expanduser(given[-1]) if given else None
+    given = _given(overrides, "hydra.run.dir")
+    return os.path.expanduser(given) if given is not None else None
 
 
 def _resumed(overrides: list[str]) -> Path | None:
-    given = next((text[7:].strip("'\"") for text in overrides if text.startswith("resume=")), "")
-    return Path(os.path.expanduser(given)) if given not in ("", "auto") else None
+    """The folder that the command resumes."""
+    given = _given(overrides, "resume")
+    return Path(os.path.expanduser(given)) if given not in (None, "", "auto") else None
+
+
+def _given(overrides: list[str], key: str) -> str | None:
+    """What the command gives for a key; of several, as in Hydra, the last."""
+    given = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith(f"{key}=")]
+    return given[-1] if given else None
 
 
 def _seek(overrides: list[str], arguments: Any) -> list[str] | None:
@@ -311,10 +319,10 @@ def _on_folder(overrides: list[str], key: str) -> list[str]:
     if len(plain) > 1:
         raise InputError(f"one folder at a time, got {', '.join(plain)}")
     overrides = [text for text in overrides if text not in plain] + [f"{key}={quoted(text)}" for text in plain]
-    given = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith(f"{key}=")]
-    if not given:
+    given = _given(overrides, key)
+    if given is None:
         return overrides
-    folder = os.path.expanduser(plain[0] if plain else given[-1])
+    folder = os.path.expanduser(plain[0] if plain else given)
     if not os.path.isdir(folder):
         if os.path.exists(folder):
             raise InputError(f"{key}: {folder!r} is a file: give the folder of a sweep or of a run")
@@ -425,7 +433,7 @@ def _sweep(name: str, plan: _Plan, jobs: Jobs, run_hydra: Callable[[], None]) ->
                 jobs.sweep = Path(plan.folder)
                 code = supervise([sys.executable, "-m", f"lorafit.{name}", *sys.argv[1:], folder], roll)
                 if code < 0:
-                    _end(name, f"stopped by {signal.Signals(-code).name}{_way_on(name, jobs)}", 128 - code)
+                    _end(name, f"stopped by {signal_name(-code)}{_way_on(name, jobs)}", 128 - code)
                 if code:
                     sys.exit(code)
                 return

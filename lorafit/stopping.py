@@ -112,6 +112,11 @@ def stopped_by() -> Stopped | None:
     return Stopped(_current.asked[0]) if _current is not None and _current.asked else None
 
 
+def signal_name(number: int) -> str:
+    """SIGTERM for 15; of a number that has no name, such as a real-time signal, the number."""
+    return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+
+
 def in_worker(_: int) -> None:
     """The worker_init_fn of a DataLoader: its processes end with their parent, not by the signals of a whole group, or
     the parent would miss them in the step that it still ends."""

@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorafit.stopping import signal_name
+
 ROLL = "LORAFIT_ROLL"  # in the environment of a worker: the roll of the command that it works for
 IN_PROCESS = "LORAFIT_IN_PROCESS"  # set by hand: the jobs run in the process of the command, for a debugger
 _KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -175,7 +177,6 @@ def death(code: int) -> tuple[str, int]:
     way_on = "Called again, it goes on from its checkpoint"
     if code >= 0:
         return f"its process ended with exit code {code} in the middle of it. {way_on}", code or 1
-    name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
     if -code == signal.SIGKILL:
         return f"killed by SIGKILL: perhaps the machine ran out of memory. {way_on}", 128 - code
-    return f"its process died by {name}. {way_on}", 128 - code
+    return f"its process died by {signal_name(-code)}. {way_on}", 128 - code

@@ -126,8 +126,8 @@ class Run:
         config: Config,
         folder: Path,
         shared: Shared,
-        job: Job | None = None,
-        abandon: Callable[[Run, LorafitError | Stopped], object] = lambda run, error: None,
+        job: Job | None,
+        abandon: Callable[[Run, LorafitError | Stopped], object],
     ) -> None:
         self.began = time.perf_counter()  # before the heavy imports, which are a part of what it takes to start
         self.config, self.folder, self.shared, self.job = config, folder, shared, job
@@ -350,7 +350,8 @@ class Run:
 
     def _trainer(self, speed: L.Callback, memory: L.Callback, signals: StopOnSignal) -> L.Trainer:
         from lorafit.callbacks import AdapterNorms, History, PauseAt, ProveLearning, StepMetrics, TrainingProgress
-        from lorafit.trainer import JobDDP, build_trainer
+        from lorafit.group import JobDDP
+        from lorafit.trainer import build_trainer
 
         given, watched = self.config.trainer, self.config.callbacks
         callbacks: list[L.Callback] = [self.finite, speed, memory]

@@ -25,7 +25,7 @@ FLOORS = {
         *("adapter", "checkpoint", "optimizers", "diagnosis", "memory", "machine", "retention", "evaluation"),
         *("isolation", "merging", "serving", "combining", "spectrum"),
     ),
-    4: ("module", "datamodule", "trainer"),
+    4: ("module", "datamodule", "trainer", "group"),
     5: ("callbacks",),
     6: (
         *(

@@ -24,7 +24,7 @@ import torch
 
 from lorafit.checkpoint import load_checkpoint
 from lorafit.errors import GroupFailed, MemoryExhausted, Stopped
-from lorafit.trainer import _failure, _is_left_alone
+from lorafit.group import _failure, _is_left_alone
 
 TINY = (
     *("trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "data.batch_size=4", "task.generate_examples=4"),
