@@ -309,7 +309,6 @@ class FinetuneModule(L.LightningModule):
 
     def _in_halves(self, batch: Batch, count: bool) -> None:
         """Forward and backward pass of both halves of a batch. Raises MemoryExhausted for a single example."""
-        _let_go(self.device)
         parts = halves(batch)
         if parts is None:
             raise MemoryExhausted(
@@ -369,13 +368,18 @@ class FinetuneModule(L.LightningModule):
         return large and halves(batch) is not None  # a single example is tried in any case
 
     def _note_too_large(self, batch: Batch) -> None:
+        """Where memory has run out in a batch: those that are as large are not tried any more. Let go of it, which takes
+        half a second, only then."""
         rows, length = batch["input_ids"].shape
+        if self._too_large is not None and rows * length >= self._too_large:
+            return
         if self._too_large is None:
             log.warning(
                 f"memory ran out in a batch of {rows} x {length} tokens: it, and those that are as large, are computed "
                 "in halves from here on (trainer.on_oom=halve)"
             )
-        self._too_large = min(self._too_large or rows * length, rows * length)
+        self._too_large = rows * length
+        _let_go(self.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.trainer.world_size > 1:

@@ -436,7 +436,8 @@ class Run:
             if not math.isfinite(metrics["after"]["loss"]):  # finite weights may still overflow
                 raise DivergedError("the held-out loss after training is not finite. Lower optimizer.lr.")
         except DivergedError as error:  # what the last step has made is no good place to go on from
-            raise DivergedError(f"{error}{self._last_good(self.trainer.global_step + 1)}") from error
+            bad_from = self.finite.first_of_row or self.trainer.global_step + 1
+            raise DivergedError(f"{error}{self._last_good(bad_from)}") from error
         self.checkpoints.keep_best(metrics["after"]["loss"])
         metrics["ranks"] = effective_ranks(model)
         if config.ladder:

@@ -246,6 +246,18 @@ def test_dropout_does_not_depend_on_how_far_the_failed_try_came(
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_memory_is_let_go_only_where_it_ran_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To collect garbage takes longer than a small step."""
+    import lorafit.module
+
+    let_go: list[Any] = []
+    monkeypatch.setattr(lorafit.module, "_let_go", let_go.append)
+    shortage = Shortage(monkeypatch, rows=1, where="forward")
+    made = module(on_oom="halve")
+    fit(made, tmp_path, max_steps=3)
+    assert made.halved == 3 and len(let_go) == shortage.failed == 1
+
+
 def test_without_halving_nothing_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Shortage(monkeypatch, rows=1, where="forward")
     with pytest.raises(torch.OutOfMemoryError):

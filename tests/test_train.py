@@ -314,6 +314,16 @@ def test_a_run_that_diverges_ends_with_3_and_says_so(steps: int) -> None:
     assert not Path("run/adapter").exists()
 
 
+def test_weights_from_which_the_last_steps_were_skipped_are_not_gone_on_with() -> None:
+    """No step ends the run, the held-out loss after it does: the first bad step is that of the skipped ones."""
+    command = ("optimizer.lr=1e30", "trainer.max_skipped_steps=9", "trainer.checkpoint_every_n_steps=1")
+    code, _, err = program(*command, "trainer.max_steps=4", "hydra.run.dir=run", *QUIET)
+    assert code == 3 and "held-out loss after training is not finite" in err, err
+    assert "no checkpoint from before that" in err
+    assert not Path("run/checkpoints/last.ckpt").exists()
+    assert load_checkpoint("run/checkpoints/diverged.ckpt")["global_step"] == 1
+
+
 def test_memory_that_runs_out_ends_with_4_and_says_what_lowers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorafit.module import FinetuneModule
 
