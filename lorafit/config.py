@@ -20,6 +20,8 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -221,8 +223,21 @@ def _expanded(value: Any) -> Any:
 
 def quoted(value: str) -> str:
     """A text as Hydra's grammar reads it, whatever it holds."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    # a backslash escapes before a quote and at the end; elsewhere it stands for itself
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)
     return f"'{escaped}'"
+
+
+def unquoted(value: str) -> str | None:
+    """The text that Hydra's grammar reads in a value, None for null. What is no text there, or cannot be read, is taken
+    as it stands."""
+    if re.fullmatch(r"[\w./-]*", value, re.ASCII):
+        return None if value.lower() == "null" else value
+    try:
+        read = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:
+        return value
+    return read if isinstance(read, str) else value
 
 
 def prepare(overrides: list[str]) -> list[str]:
@@ -235,10 +250,17 @@ def prepare(overrides: list[str]) -> list[str]:
                 f"cannot read the override {text[:80]!r}…: more than {_MOST} values, or deeper than {_DEEPEST} brackets"
             )
         key, _, value = text.partition("=")
-        if value.startswith("~/") or (not re.fullmatch(r"[\w./-]*", value, re.ASCII) and os.path.exists(value)):
+        if value.startswith("~/") or (not re.fullmatch(r"[\w./-]*", value, re.ASCII) and _is_path(value)):
             text = f"{key}={quoted(value)}"
         prepared.append(text)
     return prepared
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value is a path that is there, or one to be made in a folder that is, whatever signs its name has; of
+    the latter none that has a meaning to Hydra."""
+    folder = os.path.dirname(value)
+    return os.path.exists(value) or (os.path.isdir(folder) and not re.search(r"[][,(){}$\\]", value))
 
 
 def postpone(overrides: list[str]) -> list[str]:

@@ -35,7 +35,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from lorafit.config import VERSION_BASE, compose, config_sha256, postpone, prepare, quoted
+from lorafit.config import VERSION_BASE, compose, config_sha256, postpone, prepare, quoted, unquoted
 from lorafit.errors import InputError, LorafitError, Stopped, near_path
 from lorafit.explain import explain
 from lorafit.files import write_json
@@ -214,9 +214,9 @@ def _resumed(overrides: list[str]) -> Path | None:
 
 
 def _given(overrides: list[str], key: str) -> str | None:
-    """What the command gives for a key; of several, as in Hydra, the last."""
-    given = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith(f"{key}=")]
-    return given[-1] if given else None
+    """What the command gives for a key, quoted or not; of several, as in Hydra, the last."""
+    given = [text for text in overrides if text.startswith(f"{key}=")]
+    return unquoted(prepare(given[-1:])[0].partition("=")[2]) if given else None
 
 
 def _seek(overrides: list[str], arguments: Any) -> list[str] | None:

@@ -368,8 +368,8 @@ class FinetuneModule(L.LightningModule):
         return large and halves(batch) is not None  # a single example is tried in any case
 
     def _note_too_large(self, batch: Batch) -> None:
-        """Where memory has run out in a batch: those that are as large are not tried any more. Let go of it, which takes
-        half a second, only then."""
+        """Where memory has run out in a batch: let go of it, which takes half a second, and try none that is as large
+        any more."""
         rows, length = batch["input_ids"].shape
         if self._too_large is not None and rows * length >= self._too_large:
             return

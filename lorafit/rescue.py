@@ -41,7 +41,7 @@ def unwritable(error: BaseException | None, folder: Path | None = None) -> str |
         return None
     where = str(folder or error.filename or "")
     return (
-        f"the run folder cannot be written to{where and f': {where}'} ({error.strerror}). Nothing was trained in it: "
+        f"the run folder cannot be written to{where and f': {where}'} ({error.strerror}). Nothing was trained now: "
         "put it right, or give hydra.run.dir=OTHER (for a sweep hydra.sweep.dir=OTHER)"
     )
 

@@ -38,6 +38,8 @@ _LEFT = (
     *("samples.jsonl", "history.jsonl", "csv", "wandb/run.json", ".hydra", "metrics.json"),
     *("checkpoints", "adapter"),
 )
+# what decides the shape of an adapter, that of a checkpoint with it
+_SHAPE = ("rank", "rank_pattern", "target_modules", "modules_to_save", "bias")
 RUNS = "outputs/*/*"  # where runs lie that were given no folder (conf/train.yaml)
 
 
@@ -120,9 +122,14 @@ def require_same(config: Config, found: Found, now: Mapping[str, Any]) -> None:
     changed = changes(then, now)
     refused = [name for name in changed if not _allows(allowed, name)]
     if refused:
+        shape = [name for name in refused if name.partition(".")[0] in _SHAPE]
+        others = [name for name in changed if name not in shape]
+        way_on = f"or to go on all the same: 'allow_changed=[{','.join(others)}]'"
+        if shape:
+            way_on = f"{' and '.join(shape)} in any case: the adapter that is to go on is of another shape"
         raise InputError(
             f"resume: {config.resume!r} was trained otherwise: {'; '.join(changed[name] for name in refused)}. Put it "
-            f"back, or to go on all the same: 'allow_changed=[{','.join(changed)}]'"
+            f"back, {way_on}"
         )
     for name, said in changed.items():
         log.warning(f"resume: {said} ({name} is in allow_changed: it goes on from there, as another run than it was)")

@@ -20,10 +20,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings, strategies as st
 from omegaconf import OmegaConf
 
 from lorafit import __main__ as door, config as lorafit_config, launch, schema
-from lorafit.config import CONF, Config, check, compose, config_sha256, to_dict
+from lorafit.config import CONF, Config, check, compose, config_sha256, prepare, quoted, to_dict, unquoted
 from lorafit.errors import DivergedError, InputError, Stopped
 from lorafit.explain import config_groups, schema_keys
 from lorafit.schema import Quant
@@ -143,6 +145,31 @@ def test_the_files_give_exactly_the_keys_of_the_schema() -> None:
 
 
 # --- the table of the design, row by row ----------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("ab'\"\\$ {}[],=~/.\té") | st.characters(codec="utf-8", exclude_characters="\n\r")))
+def test_a_quoted_text_is_read_as_it_is(text: str) -> None:
+    assert unquoted(quoted(text)) == text
+    assert OverridesParser.create().parse_override(f"resume={quoted(text)}").value() == text
+
+
+@pytest.mark.parametrize("name", ["o'brien", "my run", "a+b", "läufe", 'a"b'])
+def test_a_path_that_is_yet_to_be_made_may_have_any_name(name: str, tmp_path: Path) -> None:
+    [text] = prepare([f"out={tmp_path / name}"])
+    assert OverridesParser.create().parse_override(text).value() == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["{0}/a,{0}/b", "{0}/run-${{rank}}", "[{0}/a b]", "'{0}/a b'"])
+def test_what_has_a_meaning_to_hydra_keeps_it(value: str, tmp_path: Path) -> None:
+    text = f"out={value.format(tmp_path)}"
+    assert prepare([text]) == [text]
+
+
+def test_what_stands_without_quotes_is_read_as_hydra_reads_it() -> None:
+    assert unquoted("runs/a-1.b") == "runs/a-1.b" and unquoted("16") == "16" and unquoted("") == ""
+    assert unquoted("null") is None and unquoted("a\\,b") == "a,b" and unquoted('"a b"') == "a b"
+    assert unquoted("o'brien") == "o'brien" and unquoted("[a, b]") == "[a, b]"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from programs import run_program
 
 from lorafit import train
 from lorafit.checkpoint import load_checkpoint
-from lorafit.config import compose, to_dict
+from lorafit.config import compose, quoted, to_dict
 from lorafit.embedded import TRAIN
 from lorafit.module import FinetuneModule
 from lorafit.resuming import changes, set_aside
@@ -131,6 +131,30 @@ def test_a_link_within_the_folder_is_none_out_of_it() -> None:
     code, _, err = program("resume=run")
     assert code == 0, err
     assert adapter("run") == adapter("whole")
+
+
+@pytest.mark.parametrize("name", ["o'brien", 'a"b\\', "a\\b' {c}, [d]=$e"])
+def test_the_folder_may_have_any_name(name: str) -> None:
+    """What a run that was stopped says of how it goes on is put after the command as it is."""
+    Path("run").rename(name)
+    for given in (f"resume={name}", f"resume={quoted(name)}", f"resume={Path(name).resolve()}"):
+        code, _, err = program(given, "seed=7")
+        assert code == 2 and "was trained otherwise: seed is 42 there, 7 here" in err, err
+    # a link out of it is found, too
+    Path(name, "train.log").unlink()
+    Path(name, "train.log").symlink_to(Path("rows.jsonl").resolve())
+    code, _, err = program(f"resume={name}")
+    assert code == 2 and "is a link out of the folder" in err, err
+    Path(name, "train.log").unlink()
+    code, _, err = program(f"resume={name}")
+    assert code == 0, err
+    assert adapter(name) == adapter("whole") and not Path("outputs").exists()
+
+
+def test_no_way_on_is_offered_with_an_adapter_of_another_shape() -> None:
+    code, _, err = program("resume=run", "rank=4", "seed=7")
+    assert code == 2 and "Put it back, rank in any case: the adapter that is to go on is of another shape" in err, err
+    assert "allow_changed=" not in err
 
 
 def test_a_run_that_lost_its_recorded_settings_goes_on_in_its_folder_and_says_with_which() -> None:
@@ -375,7 +399,7 @@ def test_a_setting_that_changes_what_is_trained_is_refused_and_named(override: s
     code, _, err = program("resume=run", *override.split())
     assert code == 2 and "Traceback" not in err
     assert f"'run' was trained otherwise: {said}" in err, err
-    assert "'allow_changed=[" in err
+    assert ("'allow_changed=[" in err) != ("rank" in override)
     # and nothing of the run was touched: it can still go on as it was
     assert {path: path.read_bytes() for path in before} == before
 
