@@ -338,6 +338,13 @@ class FinetuneDataModule(L.LightningDataModule):
             digest.update(repr([file.stat().st_size for file in files if file.is_file()]).encode())
         return digest.hexdigest()
 
+    def eval_hash(self) -> str:
+        """SHA-256 over the held-out rows."""
+        digest = hashlib.sha256()
+        for array in (self.eval_sequences.ids, self.eval_sequences.trained, self.eval_sequences.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def state_dict(self) -> dict[str, Any]:
         """What the position in the data, which the loader keeps, is a position in."""
         return {"content": self.content_hash()}
@@ -434,4 +441,5 @@ class FinetuneDataModule(L.LightningDataModule):
             seed=self.seed,
             replica=replica,
             replicas=replicas,
+            whole=True,
         )

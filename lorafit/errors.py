@@ -48,9 +48,13 @@ class DivergedError(LorafitError):
 
 
 class NotLearning(LorafitError):
-    """A layer does not learn, or the frozen base has changed: what comes out would not be what it is taken for."""
+    """A layer does not learn, or the frozen base has changed: what comes out would not be what it is taken for.
+
+    sound: where the base has changed, the last step after which it was still what it is.
+    """
 
     exit_code = 3
+    sound: int | None = None
 
 
 class MemoryExhausted(LorafitError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ class OutOfMemory:
             what = f"out of memory: a process that reads data was killed, as when the host has none left ({said})"
         way_on = ""
         if self.doing in (MEASURING, SAVING) and os.path.exists(self.checkpoint):
-            way_on = f". The run goes on from its last checkpoint with resume={self.checkpoint.parent.parent}"
+            resume = shlex.quote(f"resume={self.checkpoint.parent.parent}")
+            way_on = f". The run goes on from its last checkpoint with {resume}"
         return MemoryExhausted(
             f"{what}. It held {', '.join(held)}. Any of these lowers it, best first: {'; '.join(settings)}{way_on}"
         )

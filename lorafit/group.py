@@ -25,11 +25,13 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from lorafit.errors import DivergedError, GroupFailed, LorafitError, MemoryExhausted, NotLearning, Stopped
-from lorafit.stopping import signal_name, stopped_by
+from lorafit.stopping import is_urgent, signal_name, stopped_by
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 60.0  # how long the other processes of a group may take to end after the first one
 NOTICE_SECONDS = 5.0  # how long it may take until one notices that another is gone
+STOP_SECONDS = 15.0  # how long the others may take to end after a signal, of which they have heard as well
+HURRY_SECONDS = 2.0  # and after a second one, which leaves five seconds to all of it
 _LEFT_ALONE = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 _OF_A_GROUP = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -64,6 +66,9 @@ class _OneJobLauncher(_SubprocessScriptLauncher):
         try:
             return super().launch(function, *args, trainer=trainer, **kwargs)
         except (DivergedError, NotLearning):  # to which all of them come
+            raise
+        except Stopped:
+            patience = HURRY_SECONDS if is_urgent() else STOP_SECONDS
             raise
         except Exception as error:
             patience = NOTICE_SECONDS  # the others wait for this one

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -141,9 +142,10 @@ def rescued(write: Callable[[Path], object], error: OSError, folder: Path, resum
     lost = f"the run is trained, but {folder} does not take its adapter ({said})"
     way_on = ""
     if resumable:
-        way_on = f" To complete the run, {remedy(error)} and give resume={folder}: it goes on from its last checkpoint"
+        resume = shlex.quote(f"resume={folder}")
+        way_on = f" To complete the run, {remedy(error)} and give {resume}: it goes on from its last checkpoint"
     try:
-        place = Path(tempfile.mkdtemp(prefix=f"lorafit-{folder.name}-"))
+        place = Path(tempfile.mkdtemp(prefix=f"lorafit-{folder.name[:80]}-"))
         try:
             write(place)
         except BaseException:

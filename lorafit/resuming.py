@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.config import Config
 from lorafit.errors import InputError
 from lorafit.redact import redact_values
-from lorafit.rescue import clear_run_drafts
+from lorafit.rescue import clear_run_drafts, only_told
 from lorafit.schema import training_settings
 from lorafit.sweep import has_checkpoint, is_busy, is_completed, read_metrics, recorded_sha256
 
@@ -46,14 +46,16 @@ RUNS = "outputs/*/*"  # where runs lie that were given no folder (conf/train.yam
 # ------------------------------------------------------------------------------------------------ is it the same run?
 
 
-def identity(config: Config, data: FinetuneDataModule, model: Any) -> dict[str, Any]:
-    """What a checkpoint says of the run that it belongs to, in plain values."""
+def identity(config: Config, data: FinetuneDataModule, model: Any, devices: int) -> dict[str, Any]:
+    """What a checkpoint says of the run that it belongs to, in plain values. devices: how many processes train, which
+    trainer.devices=auto does not say."""
     import torch
 
     from lorafit.adapter import base_fingerprint
 
     device = next(model.parameters()).device
     settings, rounding = training_settings(config)
+    settings["trainer.devices"] = devices
     fingerprint = base_fingerprint(model)
     found = {
         "settings": settings,
@@ -142,6 +144,22 @@ def require_same(config: Config, found: Found, now: Mapping[str, Any]) -> None:
     ]
     if others:
         log.warning(f"resume: {'; '.join(others)}: the same is computed, but not to the last bit")
+
+
+def take_over(folder: Path, found: Found, now: Mapping[str, Any]) -> None:
+    """Write the checkpoint that a run goes on from down as its own: into its folder, where it comes from another one,
+    and under its settings, where something has changed. Killed before its next one it goes on like that again, without
+    being allowed again what it was allowed."""
+    from lorafit.checkpoint import LAST, load_run, save_checkpoint
+
+    home = folder / "checkpoints"
+    here = found.path.parent.resolve() == home.resolve()
+    if here and _is_identity(found.run) and not changes(found.run, now):
+        return
+    place = found.path if here else home / LAST
+    with only_told(place, "until its next checkpoint the run cannot be gone on with as it is now"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(place, load_run(found.path) | {"run": dict(now)})
 
 
 def _is_identity(then: object) -> bool:

@@ -112,6 +112,11 @@ def stopped_by() -> Stopped | None:
     return Stopped(_current.asked[0]) if _current is not None and _current.asked else None
 
 
+def is_urgent() -> bool:
+    """Whether a second signal has come."""
+    return _current is not None and len(_current.asked) > 1
+
+
 def signal_name(number: int) -> str:
     """SIGTERM for 15; of a number that has no name, such as a real-time signal, the number."""
     return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"

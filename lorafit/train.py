@@ -70,11 +70,10 @@ def run(config: Config, folder: Path) -> float:
                 log.warning(f"it goes on from its last checkpoint with {shlex.quote(f'resume={folder}')}")
             raise
         except InputError as error:
-            if this.taken and not config.resume:
-                if has_checkpoint(folder):  # a bad row that a stream has come to
-                    note_metrics(folder, this.metrics | {"status": error.status, "error": str(error)})
-                else:
-                    (folder / "metrics.json").unlink(missing_ok=True)
+            if this.taken and has_checkpoint(folder):  # a bad row that a stream has come to
+                note_metrics(folder, this.metrics | {"status": error.status, "error": str(error)})
+            elif this.taken:
+                (folder / "metrics.json").unlink(missing_ok=True)
             raise
 
 
@@ -131,7 +130,7 @@ def _recorded(this: Run) -> float:
     if refused is not None:
         raise NotSaved(
             f"{folder} does not take metrics.json ({refused.strerror}), without which the run looks unfinished. To "
-            f"complete it, {remedy(refused)} and give resume={folder}"
+            f"complete it, {remedy(refused)} and give {shlex.quote(f'resume={folder}')}"
         )
     return loss
 

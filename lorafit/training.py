@@ -28,7 +28,7 @@ from lorafit.build import (
     require_no_adapter,
 )
 from lorafit.config import Config, quoted, settings_to_record
-from lorafit.errors import DivergedError, InputError, LorafitError, Paused, Stopped, reason
+from lorafit.errors import DivergedError, InputError, LorafitError, NotLearning, Paused, Stopped, reason
 from lorafit.jobs import config_folder, given_overrides, is_program, record_settings
 from lorafit.measuring import measure, measure_ladder, measure_rounding, retention_text
 from lorafit.rescue import before_training, only_told, rescued, tried_twice
@@ -42,8 +42,8 @@ from lorafit.results import (
     write_metrics,
     write_samples,
 )
-from lorafit.resuming import find_checkpoint, identity, require_same, settle
-from lorafit.sweep import Beyond, Job, Shared, is_completed
+from lorafit.resuming import find_checkpoint, identity, require_same, settle, take_over
+from lorafit.sweep import Beyond, Job, Shared, is_completed, read_metrics
 from lorafit.terminal import console
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ class Run:
 
         self._require_devices()
         self._count_steps()
-        self.checkpoints.identity = identity(config, self.data, self.model)
+        self.checkpoints.held_out = self.data.eval_hash()
+        self.checkpoints.identity = identity(config, self.data, self.model, self.devices)
         if self.found is not None:
             require_same(config, self.found, self.checkpoints.identity)
         require_steps(config, self.steps, self.resumed_at)
@@ -293,6 +294,8 @@ class Run:
             self.taken = True
             record_settings(self.folder, self.config)
             write_metrics(self.folder, self.metrics | {"status": Stopped.status})
+        if self.found is not None:
+            take_over(self.folder, self.found, self.checkpoints.identity)
 
     def measure_base(self) -> None:
         self.terminal.print("\nmeasuring the base on held-out data …")
@@ -335,6 +338,10 @@ class Run:
             with restoring(found, self.module):
                 self.trainer.fit(self.module, self.data, ckpt_path=str(found.path) if found is not None else None)
             self.checkpoints.make_up(self.trainer, self.module)
+        except NotLearning as error:
+            if error.sound is None or not is_main_process():
+                raise
+            raise NotLearning(f"{error}.{self._last_good(error.sound + 2, change=False)}") from error
         except DivergedError as error:
             if self.finite.first_of_row is None or not is_main_process():
                 raise
@@ -382,17 +389,23 @@ class Run:
             strategy=JobDDP(job_command(self.folder, self.config.resume), self.abandon) if group else "auto",
         )
 
-    def _last_good(self, bad_from: int) -> str:
-        """What to say of the checkpoint that is left to go on from, when steps from this one on were not finite."""
+    def _last_good(self, bad_from: int, change: bool = True) -> str:
+        """What to say of the checkpoint that is left to go on from, when steps from this one on came to no good.
+        change: whether a lower learning rate would do better."""
+        if not math.isfinite(self.metrics["before"]["loss"]):
+            return (
+                " The base itself gave no finite loss before any training: it is the model, or model.dtype, that is "
+                "wrong, and no lower optimizer.lr helps"
+            )
         good, run = self.checkpoints.keep_good(bad_from), self.folder
         if good is None and self.found is not None and self.found.step < bad_from - 1:
             good, run = (self.found.path, self.found.step), self.found.path.parent.parent  # it came from another folder
         if good is None:
-            return " It has no checkpoint from before that: begin anew with a lower optimizer.lr"
+            return f" It has no checkpoint from before that: begin anew{' with a lower optimizer.lr' if change else ''}"
+        lower = " optimizer.lr=LOWER 'allow_changed=[optimizer.lr]'" if change else ""
         return (
-            f" The last good checkpoint is {good[0]}, of step {good[1]} (one whose next step was not finite is called "
-            f"diverged.ckpt). To go on from it: {shlex.quote(f'resume={run}')} optimizer.lr=LOWER "
-            "'allow_changed=[optimizer.lr]'"
+            f" The last good checkpoint is {good[0]}, of step {good[1]} (one from which it came to this is called "
+            f"diverged.ckpt). To go on from it: {shlex.quote(f'resume={run}')}{lower}"
         )
 
     def look(self) -> float:
@@ -522,7 +535,10 @@ def require_steps(config: Config, steps: int, resumed_at: int) -> None:
     warmup = config.scheduler.warmup
     if isinstance(warmup, int) and 0 < steps <= warmup:
         raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
-    if config.resume and resumed_at >= steps and is_completed(Path(config.resume)):
+    run = Path(config.resume or "")
+    # where the disk did not take its last checkpoints, a run that is complete has an older one
+    taken = max(resumed_at, read_metrics(run).get("speed", {}).get("steps", 0)) if config.resume else 0
+    if config.resume and taken >= steps and is_completed(run):
         raise InputError(
             f"resume: {config.resume!r} is complete: to go on, raise "
             f"trainer.max_steps above {steps}, with 'allow_changed=[trainer.max_steps]'"

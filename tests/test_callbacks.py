@@ -305,10 +305,43 @@ def test_a_resumed_run_knows_the_best_loss_and_has_its_checkpoint(tmp_path: Path
 
 def test_a_best_checkpoint_that_is_gone_is_not_compared_with(tmp_path: Path) -> None:
     first, second = Checkpoints(tmp_path / "a"), Checkpoints(tmp_path / "b")
-    fit(module(), tmp_path, scripted([1.0]), first, max_steps=1, val_check_interval=1)
+    fit(module(), tmp_path, scripted([1.0, 9.0]), first, max_steps=2, val_check_interval=1)
     first.best.unlink()
-    fit(module(), tmp_path, scripted([3.0, 2.0, 2.5]), second, val_check_interval=1, resume=first.last)
+    fit(module(), tmp_path, scripted([2.0, 2.5]), second, val_check_interval=1, resume=first.last)
     assert second.best_loss == 2.0 and load_checkpoint(second.best)["global_step"] == 3
+
+
+def test_a_best_checkpoint_that_a_killed_run_had_no_time_to_copy_is_copied_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Checkpoints(tmp_path), Checkpoints(tmp_path)
+    copy = Checkpoints._copy_to_best
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Checkpoints, "_copy_to_best", lambda self, path: None if self.best_loss == 1.0 else copy(self, path)
+        )
+        fit(module(), tmp_path, scripted([3.0, 1.0]), first, max_steps=2, val_check_interval=1)
+    assert load_checkpoint(first.best)["global_step"] == 1
+    fit(module(), tmp_path, scripted([1.2, 1.1]), second, val_check_interval=1, resume=first.last)
+    assert second.best_loss == 1.0 and load_checkpoint(second.best)["global_step"] == 2
+
+
+def test_a_best_checkpoint_from_beyond_the_place_where_a_run_goes_on_is_none(tmp_path: Path) -> None:
+    """The run has diverged there, and goes on from the checkpoint before."""
+    first, second = Checkpoints(tmp_path), Checkpoints(tmp_path)
+    fit(module(), tmp_path, scripted([3.0, 2.0, 1.0]), first, max_steps=3, val_check_interval=1)
+    fit(module(), tmp_path, scripted([2.5, 2.2]), second, max_steps=4, val_check_interval=1, resume=first.previous)
+    assert second.best_loss == 2.0 and load_checkpoint(second.best)["global_step"] == 2
+
+
+def test_the_best_by_other_held_out_rows_is_not_compared_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Checkpoints(tmp_path), Checkpoints(tmp_path)
+    second.held_out = "other rows"
+    fit(module(), tmp_path, scripted([1.0, 9.0]), first, max_steps=2, val_check_interval=1)
+    with caplog.at_level(logging.WARNING, "lorafit"):
+        fit(module(), tmp_path, scripted([5.0, 6.0]), second, val_check_interval=1, resume=first.last)
+    assert second.best_loss == 5.0 and load_checkpoint(second.best)["global_step"] == 3
+    assert "judged by other held-out rows" in caplog.text
 
 
 def test_checkpoints_are_written_on_steps_alone(tmp_path: Path) -> None:

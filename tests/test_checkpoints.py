@@ -159,3 +159,27 @@ def test_after_divergence_a_best_checkpoint_is_good_if_its_next_step_was_and_a_d
     torch.save({"global_step": 4} | rest, checkpoints.best)
     assert checkpoints.keep_good(bad_from=5) is None  # and none is left that resume would take for good
     assert not checkpoints.last.exists() and not checkpoints.best.exists()
+
+
+def test_after_divergence_neither_is_the_best_one_with_bad_steps_after_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    rest = {"state_dict": {}, "loops": {}, "optimizer_states": [], "random_state": {}}
+
+    def write() -> None:
+        for path, step in ((checkpoints.last, 4), (checkpoints.previous, 3), (checkpoints.best, 4)):
+            torch.save({"global_step": step} | rest, path)
+
+    write()
+    assert checkpoints.keep_good(bad_from=5) == (checkpoints.last, 3)
+    assert not checkpoints.best.exists() and step_of(tmp_path / "diverged.ckpt") == 4
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    write()
+    monkeypatch.setattr(os, "replace", refuse)
+    with caplog.at_level(logging.WARNING, "lorafit"):
+        assert checkpoints.keep_good(bad_from=5) == (checkpoints.previous, 3)
+    assert f"{checkpoints.last} is not to be gone on from: remove it (Read-only file system)" in caplog.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def test_numbers_come_back_as_they_were_and_those_that_are_none_as_null(
     ]
     assert history_rows(folder, len(logged)) == expected
     if logged:
-        text = (folder / "history.jsonl").read_text()
-        assert "NaN" not in text and "Infinity" not in text  # which JSON does not know
+        for line in (folder / "history.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=pytest.fail)  # of what JSON does not know
 
 
 def write(folder: Path, *lines: str) -> None:
@@ -94,6 +95,18 @@ def test_the_points_after_a_checkpoint_are_cut_off(tmp_path: Path, until: int) -
 def test_a_run_without_a_history_has_no_points(tmp_path: Path) -> None:
     assert history_rows(tmp_path, 9) == []
     assert history_rows(tmp_path / "nowhere", 9) == []
+
+
+def test_what_a_resumed_run_lacks_of_its_curves_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "lorafit"):
+        history_rows(tmp_path, 0)  # nothing was logged before the first step
+        write(tmp_path, json.dumps({"step": 10, "a": 1.0}), json.dumps({"step": 20, "a": 2.0})[:-3])
+        history_rows(tmp_path, 15)  # and what comes after the checkpoint is logged again
+        assert not caplog.messages
+        history_rows(tmp_path, 20)
+        history_rows(tmp_path / "nowhere", 20)
+    cut, gone = caplog.messages
+    assert "is cut off before step 20" in cut and "the curves begin at step 20" in gone
 
 
 @pytest.mark.parametrize("length", range(len(json.dumps(ROWS[1]))))
@@ -129,6 +142,11 @@ def test_a_history_begins_with_the_points_that_it_is_given_when_it_has_one_of_it
     history.log_metrics({"train/loss": 1.0}, step=4)
     assert read(tmp_path) == [*ROWS[:3], {"step": 3, "train/loss": 1.5}, {"step": 4, "train/loss": 1.0}]
     assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+def test_a_history_in_another_folder_has_the_points_before_from_the_beginning(tmp_path: Path) -> None:
+    History(tmp_path, ROWS[:2])
+    assert read(tmp_path) == ROWS[:2]
 
 
 def test_a_history_without_points_of_its_own_begins_anew(tmp_path: Path) -> None:

@@ -146,6 +146,15 @@ def test_replicas_share_out_the_batches_and_each_gets_as_many(replicas: int) -> 
     assert sorted(batch for share in shares for batch in share) == sorted(whole)
 
 
+@pytest.mark.parametrize("replicas", [1, 2, 4, 5, 8])
+def test_what_is_to_be_measured_whole_comes_up_once_with_any_number_of_replicas(replicas: int) -> None:
+    shares = [list(loader(replica=i, replicas=replicas, whole=True, shuffle=False)) for i in range(replicas)]
+    assert len({len(share) for share in shares}) == 1
+    batches = [batch for share in shares for batch in share]
+    measured = [row for batch in batches if (batch["labels"] != -100).any() for row in rows_of(batch)]
+    assert sorted(measured) == list(range(11))
+
+
 def test_more_replicas_than_batches_still_get_one_each() -> None:
     assert all(len(list(loader(replica=i, replicas=8))) == 1 for i in range(8))
 

@@ -319,6 +319,17 @@ def test_what_was_proven_stays_proven_in_a_resumed_run(tmp_path: Path) -> None:
     assert said.startswith("after 6 steps: the frozen base has changed in model.norm.weight")
 
 
+def test_after_a_change_of_the_base_it_is_known_until_when_it_was_what_it_is(tmp_path: Path) -> None:
+    flip = after_step(4, lambda model: flip_a_bit(model.model.norm.weight))
+    for proof, sound in ((ProveLearning(3), 3), (ProveLearning(5), 0)):
+        with pytest.raises(NotLearning) as error:
+            fit(module(), tmp_path, proof, flip, max_steps=6)
+        assert error.value.sound == sound
+    with pytest.raises(NotLearning) as error:
+        fit(module(optimizer_args={"lr": 1e-300}), tmp_path, ProveLearning(3), max_steps=6)
+    assert error.value.sound is None
+
+
 def test_a_run_that_is_resumed_before_its_proof_raises_no_alarm_for_what_moved_before(tmp_path: Path) -> None:
     """It goes on with a learning rate with which nothing moves any more."""
     options = {"modules_to_save": ["model.norm", "lm_head"], "target_modules": ["q_proj"]}

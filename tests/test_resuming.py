@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +27,10 @@ from lorafit import train
 from lorafit.checkpoint import load_checkpoint
 from lorafit.config import compose, quoted, to_dict
 from lorafit.embedded import TRAIN
+from lorafit.errors import InputError
+from lorafit.loading import load_base_model
 from lorafit.module import FinetuneModule
-from lorafit.resuming import changes, set_aside
+from lorafit.resuming import changes, identity, set_aside
 from lorafit.schema import flat, training_settings
 from lorafit.sweep import alone
 
@@ -82,6 +85,10 @@ def elsewhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Each test has copies of its own."""
     shutil.copytree(home, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
+
+
+def step_of(folder: str) -> int:
+    return load_checkpoint(Path(folder, "checkpoints", "last.ckpt"))["global_step"]
 
 
 def adapter(folder: str | Path) -> bytes:
@@ -415,6 +422,61 @@ def test_settings_that_are_named_may_change_and_hold_from_there_on() -> None:
     code, _, err = program("resume=run", "trainer.max_steps=12", "optimizer.lr=1e-3", "allow_changed=[trainer]")
     assert code == 0, err
     assert json.loads(Path("run/metrics.json").read_text())["speed"]["steps"] == 12
+
+
+def failed(error: BaseException, *arguments: str) -> tuple[int, str, str]:
+    """The program, whose first training step fails."""
+
+    def step(*_: Any) -> torch.Tensor:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FinetuneModule, "training_step", step)
+        return program(*arguments)
+
+
+def test_what_was_allowed_to_change_holds_also_where_no_checkpoint_was_written_since() -> None:
+    shortage = torch.OutOfMemoryError("CUDA out of memory.")
+    code, _, err = failed(shortage, "resume=run", "optimizer.lr=1e-3", "allow_changed=[optimizer.lr]")
+    assert code == 4 and step_of("run") == STOPPED_AT, err
+    code, _, err = program("resume=run")
+    assert code == 0, err
+    assert curve("run", "train/learning_rate")[10] == pytest.approx(curve("whole", "train/learning_rate")[10] / 5)
+
+
+def test_a_run_that_goes_on_in_another_folder_has_its_checkpoint_there_from_the_beginning() -> None:
+    code, _, err = failed(torch.OutOfMemoryError("CUDA out of memory."), "resume=run", "hydra.run.dir=other")
+    assert code == 4 and step_of("other") == STOPPED_AT, err
+    shutil.rmtree("run")
+    code, _, err = program("resume=other")
+    assert code == 0, err
+    assert adapter("other") == adapter("whole") and curve("other") == curve("whole")
+
+
+def test_bad_input_that_a_resumed_run_comes_to_is_recorded() -> None:
+    code, _, err = failed(InputError("row 7 is bad"), "resume=run")
+    assert code == 2 and "row 7 is bad" in err
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["status"] == "failed" and metrics["error"] == "row 7 is bad"
+    assert program("resume=run")[0] == 0 and adapter("run") == adapter("whole")
+
+
+def test_another_number_of_processes_is_named_also_where_it_was_left_to_the_machine() -> None:
+    """Each of four has seen other rows than each of two."""
+    config = compose([*COMMAND, "trainer.devices=auto"])
+    data, model = SimpleNamespace(data_hash=lambda: "d", template_hash=lambda: "t"), load_base_model("embedded")
+    four, two = (identity(config, data, model, devices) for devices in (4, 2))  # type: ignore[arg-type]
+    assert changes(four, two) == {"trainer.devices": "trainer.devices is 4 there, 2 here"}
+    assert changes(four, four) == {}
+
+
+def test_a_completed_run_whose_last_checkpoints_the_disk_did_not_take_is_complete() -> None:
+    assert program("resume=run")[0] == 0
+    shutil.copy("run/checkpoints/previous.ckpt", "run/checkpoints/last.ckpt")
+    before = Path("run/metrics.json").read_bytes()
+    code, _, err = program("resume=run")
+    assert code == 2 and "'run' is complete: to go on, raise trainer.max_steps above 10" in err
+    assert Path("run/metrics.json").read_bytes() == before
 
 
 def test_other_weights_of_a_mixture_are_other_data() -> None:

@@ -44,8 +44,9 @@ class Checkpoints(L.Callback):
     """Writes `last.ckpt` after each validation, every `every_n_steps` optimizer steps and at the end; `best.ckpt` is
     the one with the lowest held-out loss.
 
-    identity: what each checkpoint says of the run that it belongs to, plain values; it may be set later. finite: the
-    callback that skips steps. `failed` says why the last one could not be written; None when it was.
+    identity: what each checkpoint says of the run that it belongs to, plain values. held_out: which rows it is judged
+    by; the best of others is none of these. Both may be set later. finite: the callback that skips steps. `failed` says
+    why the last one could not be written; None when it was.
 
     A run may be stopped between a step's checkpoint and the validation after that step, which Lightning does not make
     up for when it is resumed; here it is."""
@@ -60,7 +61,8 @@ class Checkpoints(L.Callback):
     ) -> None:
         self.folder, self.every_n_steps = Path(folder), every_n_steps
         self.identity, self.finite = dict(identity or {}), finite
-        self.best_loss = math.inf
+        self.held_out = ""
+        self.best_loss, self.best_step = math.inf, -1
         self.failed: str | None = None
         self._last_step = self._tried_step = self._validated_step = -1
 
@@ -109,6 +111,8 @@ class Checkpoints(L.Callback):
         said = f"{self.folder} ({error.strerror or reason(error)})"
         if self.failed is None:
             kept = "; the one before it stays" if os.path.exists(self.last) else ", and there is none before it"
+            if step == self._last_step:
+                kept = " once more, with its held-out loss; it stays as it was"
             log.warning(
                 f"the checkpoint of step {step} cannot be written to {said}{kept}. The training goes on; what happens "
                 "after the last checkpoint is lost if it is stopped"
@@ -120,32 +124,36 @@ class Checkpoints(L.Callback):
         """Keep the checkpoint written last as the best one if its held-out loss is the lowest."""
         behind = self.failed is not None or (self.finite is not None and self.finite.skipped_in_a_row > 0)
         if loss < self.best_loss and not behind and os.path.exists(self.last):
-            self.best_loss = loss
+            self.best_loss, self.best_step = loss, self._last_step
             self._copy_to_best(self.last)
 
     def keep_good(self, bad_from: int) -> tuple[Path, int] | None:
         """After divergence: see to it that last.ckpt is a good one, and return it and its step; None where none is
         left.
 
-        bad_from: the first step that was not finite. Weights from which the very next step was so are not gone on
-        with: their checkpoint becomes diverged.ckpt.
+        bad_from: the first of the steps that ended the run. Weights from which the very next step was one of them are
+        not gone on with: their checkpoint becomes diverged.ckpt.
         """
+        good = []
         for path in (self.last, self.previous, self.best):
-            try:
-                step = int(load_run(path)["global_step"])
-                if step >= bad_from - 1:
+            step = _step_of(path)  # one that is damaged is told when it is to be gone on with
+            if step is not None and step < bad_from - 1:
+                good.append((path, step))
+            elif step is not None:
+                try:
                     os.replace(path, self.folder / "diverged.ckpt")
-                    continue
-            except (OSError, InputError):  # one that is damaged is told when it is to be gone on with
-                continue
-            with contextlib.suppress(OSError):
-                if path == self.previous:
-                    os.replace(path, self.last)  # which a full disk takes as well
-                elif path == self.best:
-                    self._copy(path, self.last)
-                return self.last, step
-            return path, step  # of which a resumed run finds it, too
-        return None
+                except OSError as error:
+                    log.warning(f"{path} is not to be gone on from: remove it ({error.strerror})")
+        if not good:
+            return None
+        path, step = good[0]
+        with contextlib.suppress(OSError):
+            if path == self.previous:
+                os.replace(path, self.last)  # which a full disk takes as well
+            elif path == self.best:
+                self._copy(path, self.last)
+            return self.last, step
+        return path, step  # of which a resumed run finds it, too
 
     @staticmethod
     def _copy(checkpoint: Path, place: Path) -> None:
@@ -160,14 +168,22 @@ class Checkpoints(L.Callback):
             log.warning(f"{self.best} cannot be written ({error.strerror}): the best checkpoint is not kept")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # a run that goes on in another folder takes the best checkpoint so far with it
-        if self.best_loss < math.inf and not os.path.exists(self.best):
-            before = Path(str(trainer.ckpt_path)).with_name(self.best.name)
-            if os.path.isfile(before):
-                self._copy_to_best(before)
-            else:
-                self.best_loss = math.inf
+        if self.best_loss < math.inf:
+            self._find_best(Path(str(trainer.ckpt_path)))
         self.make_up(trainer, pl_module)
+
+    def _find_best(self, came: Path) -> None:
+        """See to it that best.ckpt is what the checkpoint that a run goes on from takes for it. The run may have been
+        killed before it was copied, have gone on from there to a better one that diverged, or go on in another folder.
+        """
+        step = _step_of(self.best)
+        if step == self.best_step or (step is not None and step == _step_of(came)):  # kept at the end of a run
+            return
+        for path in (came, came.with_name(self.best.name)):
+            if _step_of(path) == self.best_step:
+                self._copy_to_best(path)
+                return
+        self.best_loss, self.best_step = math.inf, -1
 
     def make_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate where a resumed run was stopped before it could. A run that has taken all of its steps does not
@@ -191,7 +207,7 @@ class Checkpoints(L.Callback):
         self._validated_step = trainer.global_step
         best = Path(str(trainer.ckpt_path))
         if loss < self.best_loss and os.path.isfile(best):
-            self.best_loss = loss
+            self.best_loss, self.best_step = loss, trainer.global_step
             self._copy_to_best(best)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -205,10 +221,11 @@ class Checkpoints(L.Callback):
             loss = float(trainer.callback_metrics["eval/loss"])
             self._validated_step = trainer.global_step
             # written anew even where this step's is there, and with the loss in it: what resumes has to know it
-            best, before = loss < self.best_loss, self.best_loss
-            self.best_loss = loss if best else self.best_loss
+            best, before = loss < self.best_loss, (self.best_loss, self.best_step)
+            if best:
+                self.best_loss, self.best_step = loss, trainer.global_step
             if not self._save(trainer):
-                self.best_loss = before
+                self.best_loss, self.best_step = before
             elif best:
                 self._copy_to_best(self.last)
 
@@ -230,7 +247,20 @@ class Checkpoints(L.Callback):
                 require_like(states[callback.state_key], callback.state_dict(), callback.state_key)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_loss": self.best_loss, "validated_step": self._validated_step}
+        best = {"best_loss": self.best_loss, "best_step": self.best_step, "held_out": self.held_out}
+        return best | {"validated_step": self._validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_loss, self._validated_step = state_dict["best_loss"], state_dict["validated_step"]
+        self._validated_step = state_dict["validated_step"]
+        if state_dict["held_out"] == self.held_out:
+            self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
+        else:
+            log.warning("it was judged by other held-out rows before: the best checkpoint is sought anew from here on")
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step of a checkpoint; None where there is none that can be read."""
+    try:
+        return int(load_run(checkpoint)["global_step"])
+    except (OSError, InputError):
+        return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,11 +40,16 @@ def history_rows(folder: str | Path, until: int, validated: int | None = None) -
     try:
         lines = (Path(folder) / NAME).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
+        if until:
+            log.warning(f"{Path(folder) / NAME} is not there: the curves begin at step {until}")
         return rows
     for line in lines:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
+            cut = re.search(r'"step": (\d+)[,}]', line)
+            if cut is not None and int(cut[1]) <= until:  # else a process was killed while it wrote what comes again
+                log.warning(f"{Path(folder) / NAME} is cut off before step {until}: the curves lack what is missing")
             break
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= until:
             rows.append(row)
@@ -69,6 +75,13 @@ class History(Logger):
         self._whole = 0  # bytes of the file that are whole lines
         self._lost = 0
         self._failing = False
+        self._bring()
+
+    @rank_zero_only
+    def _bring(self) -> None:
+        """Have the rows of a run that goes on in another folder there, before it has something to say of its own."""
+        if self._rows and not self.path.exists():
+            self._write()
 
     @property
     def name(self) -> str:

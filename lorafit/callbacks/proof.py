@@ -44,13 +44,14 @@ class ProveLearning(L.Callback):
         self._seen: set[str] = set()  # the trainable parameters that have had a gradient
         self._largest: dict[str, Tensor] = {}  # of each gradient since, not asked for yet
         self._frozen: dict[str, int] = {}
+        self._sound = 0  # the last step after which the base was what it is
         self._whole: dict[str, int] = {}  # as they were when the run, not this part of it, began
         self._stepping = False
         self._looked_at = -1  # the step after which it was looked last
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model = _model(pl_module)
-        self._frozen = checksums(_frozen(model))
+        self._frozen, self._sound = checksums(_frozen(model)), trainer.global_step
         if not self._whole:
             self._whole = checksums(_trained_whole(model))
 
@@ -97,10 +98,12 @@ class ProveLearning(L.Callback):
         # one that raised alone would leave the others waiting for it
         if trainer.strategy.reduce_boolean_decision(bool(said), all=False):
             what = "; ".join(said) or "another process has found what it says"
-            raise NotLearning(
+            error = NotLearning(
                 f"after {self.taken} steps: {what}. callbacks.prove_after_n_steps=null does not look at it"
             )
-        self.proven = True
+            error.sound = self._sound if changed else None
+            raise error
+        self.proven, self._sound = True, trainer.global_step
 
     def _not_learning(self, model: nn.Module) -> list[str]:
         """What is wrong with the parts of the adapter, each of them named once, by what explains it best."""

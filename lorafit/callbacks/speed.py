@@ -35,10 +35,10 @@ class StepMetrics(L.Callback):
         self._mark = (0.0, 0, 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.began = self._since = time.perf_counter()
+        self.began = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        # the clock stands still during validation and saving, and starts again with the next batch
+        # the clock stands still before the first batch and during validation and saving
         if self._since is None:
             self._since = time.perf_counter()
 

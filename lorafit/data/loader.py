@@ -146,7 +146,8 @@ class ResumableLoader:
     With shuffle the order is drawn anew each epoch from (seed, epoch); without it the next two have no say. shares: how
     many rows of each source an epoch has; over several epochs every row of a source comes up before one comes up again.
     group_by_length: batches of rows of about the same length. `replica` of `replicas` gives each of several processes
-    its own share of the batches, the same number to each; the few left over wait for another epoch.
+    its own share of the batches, the same number to each; the few left over wait for another epoch. With `whole`
+    none is left over: who has one less gets a batch in which nothing is supervised.
     """
 
     def __init__(
@@ -164,18 +165,21 @@ class ResumableLoader:
         num_workers: int = 0,
         replica: int = 0,
         replicas: int = 1,
+        whole: bool = False,
     ) -> None:
         self.data, self.batch_size = _Rows(sequences, rows), batch_size
         self._collate = partial(collate_rows, pad_id=pad_id, packed=rows is not None, padding_free=padding_free)
         self.shuffle, self.seed, self.num_workers = shuffle, seed, num_workers
         self.shares = list(shares) if shares and shuffle else None
         self.group_by_length = group_by_length and shuffle
-        self.replica, self.replicas = replica, replicas
+        self.replica, self.replicas, self.whole = replica, replicas, whole
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
         rows = sum(share.count for share in self.shares) if self.shares else len(self.data)
         batches = -(-rows // self.batch_size)
+        if self.whole:
+            return -(-batches // self.replicas)
         return batches if self.replicas == 1 else max(1, batches // self.replicas)
 
     def order(self, epoch: int) -> Tensor:
@@ -211,6 +215,8 @@ class ResumableLoader:
             batches = [batches[index] for index in shuffled]
         else:
             batches = [chunk.tolist() for chunk in order.split(self.batch_size)]
+        if self.whole:
+            return batches[self.replica :: self.replicas]
         return [
             batches[index % len(batches)] for index in range(self.replica, self.replicas * len(self), self.replicas)
         ]
@@ -234,6 +240,11 @@ class ResumableLoader:
             # counted before it is handed out: whoever holds the batch finds it counted
             self.position += 1
             yield batch
+        if self.position < len(self):
+            self.position += 1
+            blank = self.batch([0])
+            blank["labels"] = torch.full_like(blank["labels"], IGNORE)
+            yield blank
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and number of its batches handed out."""
