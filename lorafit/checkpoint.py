@@ -119,6 +119,13 @@ def _require_parts(state: object) -> None:
             raise _Damaged(f"{key!r} is missing, or is none")
     if isinstance(state["global_step"], bool) or not 0 <= state["global_step"] < 2**48:
         raise _Damaged("its step is impossible")
+    try:
+        progress = state["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+        taken = progress["optimizer"]["step"]["total"]["completed"]
+    except (LookupError, TypeError):  # loops of another shape are told of when they are to be gone on with
+        return
+    if taken != state["global_step"]:
+        raise _Damaged(f"it is said to be of step {state['global_step']}, and its loops are not")
 
 
 @dataclass

@@ -6,17 +6,20 @@
 
 The numbers are those that training measures, made by the same functions.
 
-Leaves evaluate.json and samples.jsonl. Exit codes: 0 done, 2 wrong input.
+Leaves evaluate.json and samples.jsonl. Exit codes: 0 done, 2 wrong input, 3 an adapter under which the loss is
+not finite.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.build import adapter_folders, build_data, load_base, refuse_foreign
 from lorafit.config import Config
+from lorafit.errors import DivergedError
 from lorafit.launch import start
 from lorafit.measuring import measure, retention_text
 from lorafit.results import write_samples
@@ -79,6 +82,11 @@ def run(config: Config, folder: Path) -> None:
     terminal.print(evaluation_table(off, measured, result["eval_examples"]))
     if samples and config.task.samples:
         terminal.print(samples_table(samples[: config.task.samples]))
+    if lost := [name for name, numbers in measured.items() if not math.isfinite(numbers["loss"])]:
+        raise DivergedError(
+            f"with {', '.join(lost)} the held-out loss is not finite, so the numbers of it say nothing"
+            + ("" if math.isfinite(off["loss"]) else ": nor is it without an adapter, so that the base is at fault")
+        )
 
 
 def _of_row(answers: Mapping[str, Sequence[str]], row: int) -> dict[str, str]:

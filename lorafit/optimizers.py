@@ -47,11 +47,20 @@ def restore_optimizer(optimizer: Optimizer, saved: object, make: Make) -> None:
                 f"optimizer_states: the state of parameter {index}, {tuple(key[0])}, is none of "
                 f"{type(optimizer).__name__}"
             )
+        if _has_nan(found):
+            raise Unfit(f"optimizer_states: the state of parameter {index} holds numbers that are none (NaN)")
     groups = optimizer.state_dict()["param_groups"]
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except RuntimeError as error:  # where no state of its own was there to compare with
         raise Unfit(f"optimizer_states: {reason(error)}") from error
+
+
+def _has_nan(found: Any) -> bool:
+    """Whether a state, which may be nested, holds a NaN: no optimizer has written it, and none gets rid of it."""
+    if isinstance(found, dict):
+        return any(map(_has_nan, found.values()))
+    return isinstance(found, torch.Tensor) and bool(found.isnan().any())
 
 
 def _state_of(shape: torch.Size, dtype: torch.dtype, make: Make) -> Any:

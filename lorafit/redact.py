@@ -25,8 +25,8 @@ from typing import Any
 MASK = "***"
 SHORTEST = 8  # characters; a shorter value would be found in words that have nothing to do with it
 _NAMES = re.compile(r"(?:API_KEY|TOKEN|SECRET|PASSWORD)$|_SECRET_|PASSWORD", re.IGNORECASE)
-_SHAPES = re.compile(r"hf_[A-Za-z0-9]{30,}|wandb_v1_[A-Za-z0-9_-]{8,}")
-_IN_URL = re.compile(r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)")
+_SHAPES = re.compile(r"hf_(?:oauth_)?[A-Za-z0-9]{30,}|wandb_v1_[A-Za-z0-9_-]{8,}")
+_IN_URL = re.compile(r"(?<=://)[^\s/:@]*:[^\s/]+(?=@)")
 _LARGEST = 65_536  # bytes of a file that holds a token
 
 
@@ -100,8 +100,10 @@ def _known() -> tuple[str, ...]:
 def _spelled(environment: tuple[tuple[bytes, bytes], ...]) -> tuple[str, ...]:
     variables = [(os.fsdecode(name), os.fsdecode(value)) for name, value in environment]
     named = [value for name, value in variables if _NAMES.search(name)]
-    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
-    kept = _kept(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"), os.path.expanduser("~/.netrc"))
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    token = os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")
+    kept = _kept(os.path.expanduser(token), os.path.expanduser(os.environ.get("NETRC") or "~/.netrc"))
     values = [value for value in (*named, *kept) if len(value) >= SHORTEST and not value.isspace()]
     ways = (str, lambda text: json.dumps(text)[1:-1], lambda text: repr(text)[1:-1], urllib.parse.quote_plus)
     found = {way(value) for value in values for way in ways}

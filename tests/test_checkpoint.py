@@ -192,6 +192,17 @@ def test_a_checkpoint_without_its_parts_is_refused(broken: Any, tmp_path: Path) 
         load_run(tmp_path / LAST)
 
 
+def test_a_checkpoint_that_is_of_another_step_than_its_loops_is_refused(tmp_path: Path) -> None:
+    """Curves would be cut off at the one, and the training go on at the other."""
+    progress = {"optimizer": {"step": {"total": {"ready": 3, "completed": 3}}}}
+    loops = {"fit_loop": {"epoch_loop.automatic_optimization.optim_progress": progress}}
+    torch.save(state() | {"loops": loops, "global_step": 3}, tmp_path / LAST)
+    assert load_run(tmp_path / LAST)["global_step"] == 3
+    torch.save(state() | {"loops": loops, "global_step": 2}, tmp_path / LAST)
+    with pytest.raises(InputError, match="said to be of step 2, and its loops are not"):
+        load_run(tmp_path / LAST)
+
+
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
     path = tmp_path / LAST

@@ -95,6 +95,21 @@ def test_several_adapters_are_measured_over_one_base_each_as_alone(trained: Path
         assert row["after"] == row["adapters"]["first"] and row["adapters"]["drawn"] == lone["after"]
 
 
+def test_an_adapter_whose_loss_is_not_finite_is_measured_and_named(other: Path, tmp_path: Path) -> None:
+    """Every number of it is finite."""
+    model = load_base_model("embedded", device="cpu")
+    inject_lora(model, rank=2, alpha=4)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_A.weight.fill_(1e30)
+            layer.lora_B.weight.fill_(1e30)
+    save_adapter(model, tmp_path / "huge")
+    code, out, err, *_ = evaluated(f"adapter=[{other},{tmp_path / 'huge'}]", *LITTLE)
+    assert code == 3 and "with huge the held-out loss is not finite" in err and "Traceback" not in out + err
+    measured = json.loads(Path("run/evaluate.json").read_text())["adapters"]
+    assert measured["drawn"]["loss"] > 0 and measured["huge"]["loss"] is None
+
+
 def test_other_rows_can_be_measured_on(trained: Path) -> None:
     rows = [{"prompt": f"Say {word}.", "completion": word} for word in ("cat", "dog", "tin")]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

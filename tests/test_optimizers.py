@@ -92,6 +92,8 @@ def broken(state: dict[str, Any], what: str) -> list[Any]:
         inner["more"] = torch.zeros(2)
     elif what == "a key less":
         del inner[tensor]
+    elif what == "a NaN":
+        (inner["absmax1"] if "absmax1" in inner else inner[tensor]).view(-1)[0] = float("nan")
     elif what == "steps below zero":
         first["step"] = first["step"] * 0 - 1
     elif what == "a parameter more":
@@ -106,7 +108,7 @@ def broken(state: dict[str, Any], what: str) -> list[Any]:
 @pytest.mark.parametrize(
     "what",
     [
-        *("another shape", "another dtype", "no tensor", "a key more", "a key less", "steps below zero"),
+        *("another shape", "another dtype", "no tensor", "a key more", "a key less", "steps below zero", "a NaN"),
         *("a parameter more", "a parameter by name", "no list", "two optimizers", "no state"),
     ],
 )

@@ -69,10 +69,37 @@ def test_a_value_shorter_than_eight_characters_is_left(monkeypatch: pytest.Monke
     assert redact("a model") == "a model"
 
 
-@pytest.mark.parametrize("text", ["hf_" + "a1" * 17, "wandb_v1_abcdefgh123"])
+@pytest.mark.parametrize("text", ["hf_" + "a1" * 17, "hf_oauth_" + "a1" * 17, "wandb_v1_abcdefgh123"])
 def test_texts_shaped_like_keys_and_passwords_in_urls_are_masked(text: str) -> None:
     assert redact(f"<{text}>") == f"<{MASK}>"
-    assert redact("https://me:word@host/x") == f"https://{MASK}@host/x"
+
+
+@pytest.mark.parametrize("given", ["me:word", ":word", "me:w@rd", "me:w:rd"])
+def test_passwords_in_addresses_are_masked(given: str) -> None:
+    assert redact(f"see https://{given}@host:80/x?a=b@c now") == f"see https://{MASK}@host:80/x?a=b@c now"
+    assert redact("http://localhost:8080/a@b") == "http://localhost:8080/a@b"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "path"),
+    [
+        ("HF_HOME", "~/hub", "hub/token"),
+        ("HF_TOKEN_PATH", "~/mine", "mine"),
+        ("XDG_CACHE_HOME", "~/other", "other/huggingface/token"),
+        ("NETRC", "~/passwords", "passwords"),
+    ],
+)
+def test_the_files_that_logins_leave_are_found_where_their_libraries_look(
+    name: str, value: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME", "NETRC"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, value)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    login = f"machine api.wandb.ai login user password {MARK}" if name == "NETRC" else MARK
+    (tmp_path / path).write_text(login + "\n")
+    assert redact(f"<{MARK}>") == f"<{MASK}>"
 
 
 def test_the_token_file_of_the_hub_is_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

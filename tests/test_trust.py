@@ -27,8 +27,10 @@ from lorafit import embedded
 from lorafit.callbacks.history import history_rows
 from lorafit.callbacks.wandb import _known_id
 from lorafit.data import load_tokenizer, read_rows
+from lorafit.data.formats import Example
 from lorafit.data.sources import fields
-from lorafit.data.templates import ChatTemplate
+from lorafit.data.templates import ChatTemplate, Unusable
+from lorafit.data.tokens import Encoder
 from lorafit.errors import InputError
 from lorafit.loading import load_base_model, resolve
 from lorafit.merging.base import open_base
@@ -241,6 +243,36 @@ def test_a_hostile_chat_template_is_refused_in_bounded_time(attack: str, monkeyp
         ChatTemplate(tokenizer).opening()
     assert len(str(raised.value)) < 1000
     assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+
+
+@pytest.mark.parametrize(("source", "said"), [(LOOP, "takes more than 0.3 seconds"), ("{% for %}", "cannot be read")])
+def test_a_template_that_is_at_fault_is_tried_once_whatever_the_number_of_rows(
+    source: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, apply = [], ChatTemplate._apply
+
+    def counted(*given: Any, **named: Any) -> Any:
+        tried.append(1)
+        return apply(*given, **named)
+
+    tokenizer = copy.deepcopy(load_tokenizer("embedded"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    encoder = Encoder(tokenizer, template="chat")
+    monkeypatch.setattr("lorafit.data.templates._MOST_SECONDS", 0.3)
+    monkeypatch.setattr(ChatTemplate, "_apply", counted)
+    assert encoder.chat is not None
+    encoder.chat.source = source
+    with pytest.raises(Unusable, match=said):
+        encoder.encode_all([Example.of("a", "b")] * 50)
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("template", [12, True, ["a"]])
+def test_a_chat_template_that_is_no_text_is_refused(template: Any) -> None:
+    tokenizer = copy.deepcopy(load_tokenizer("embedded"))
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="chat template"):
+        ChatTemplate(tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------ data

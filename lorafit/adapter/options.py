@@ -65,7 +65,7 @@ def parse(config: Any, where: str) -> AdapterConfig:
         raise InputError(f"{where}: peft_type is {_shown(kind)}, only LORA is read")
     if odd := [key for key in config if not key.isprintable()]:
         raise InputError(f"{where}: {_shown(odd[0])} is no option of peft")
-    absent = [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
+    absent = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) in (None, "", [])]
     if absent:
         raise InputError(f"{where}: {', '.join(absent)} is missing")
     used = [

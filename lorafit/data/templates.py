@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafit.data.formats import Turn
@@ -40,6 +40,10 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 # what looks like the mark of a turn in text, whether or not the tokenizer knows it
 _MARK_LIKE = re.compile(r"<\|[^<>|\s]+\|>|</?[a-z]+(?:_[a-z]+)+>|</?s>|\[/?[A-Z_]+\]")
+
+
+class Unusable(InputError):
+    """A template is at fault, whatever the conversation: no other row is tried with it."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,11 @@ class ChatTemplate:
             self.source: str = tokenizer.get_chat_template()
         except ValueError as error:
             raise InputError(f"data.template=chat: {reason(error)}") from error
+        if not isinstance(self.source, str):
+            raise InputError(
+                f"the chat template of the tokenizer is {type(self.source).__name__}, where text belongs: correct it, "
+                "or take data.template=plain"
+            )
         _require_no_powers(self.source)
         self.system = system
         self.marked = bool(_MARKS.search(self.source))
@@ -173,16 +182,21 @@ class ChatTemplate:
                     **self._variables,
                 )
         except _Endless:
-            raise InputError(
+            raise Unusable(
                 f"the chat template of the tokenizer takes more than {_MOST_SECONDS} seconds for one conversation: "
                 "correct it, or take data.template=plain"
             ) from None
+        except TemplateSyntaxError as error:
+            raise Unusable(
+                f"the chat template of the tokenizer cannot be read ({reason(error)}): correct it, or take "
+                "data.template=plain"
+            ) from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             hint = " Take data.system=fold" if turns[0].role == "system" else " Take data.template=plain"
             before = f"{where}: " if where else ""
             raise InputError(f"{before}the chat template refuses this conversation ({reason(error)}).{hint}") from error
         except (RecursionError, MemoryError) as error:
-            raise InputError(
+            raise Unusable(
                 f"the chat template of the tokenizer never comes to its end ({type(error).__name__}): correct it, or "
                 "take data.template=plain"
             ) from None

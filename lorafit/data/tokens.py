@@ -24,7 +24,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from lorafit.data.formats import Example
-from lorafit.data.templates import ChatTemplate, PlainTemplate, Rendered, Span
+from lorafit.data.templates import ChatTemplate, PlainTemplate, Rendered, Span, Unusable
 from lorafit.errors import InputError, did_you_mean, reason
 from lorafit.loading import resolve
 
@@ -175,12 +175,14 @@ class Encoder:
         return found
 
     def encode_all(self, examples: Iterable[Example]) -> list[Encoded | InputError]:
-        """Each example, uncut, or what is wrong with it."""
+        """Each example, uncut, or what is wrong with it. Raises Unusable where the template is what is wrong."""
         examples = list(examples)
         rendered: list[Rendered | InputError] = []
         for example in examples:
             try:
                 rendered.append(self.render(example))
+            except Unusable:
+                raise
             except InputError as error:
                 rendered.append(error)
         encodings = iter(self._encode_batch([item.text for item in rendered if isinstance(item, Rendered)]))
