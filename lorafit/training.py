@@ -535,14 +535,18 @@ def require_steps(config: Config, steps: int, resumed_at: int) -> None:
     warmup = config.scheduler.warmup
     if isinstance(warmup, int) and 0 < steps <= warmup:
         raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
-    run = Path(config.resume or "")
-    # where the disk did not take its last checkpoints, a run that is complete has an older one
-    taken = max(resumed_at, read_metrics(run).get("speed", {}).get("steps", 0)) if config.resume else 0
-    if config.resume and taken >= steps and is_completed(run):
+    if config.resume and is_completed(Path(config.resume)) and _taken(Path(config.resume), resumed_at) >= steps:
         raise InputError(
             f"resume: {config.resume!r} is complete: to go on, raise "
             f"trainer.max_steps above {steps}, with 'allow_changed=[trainer.max_steps]'"
         )
+
+
+def _taken(folder: Path, resumed_at: int) -> int:
+    """The steps of a run that is complete: where the disk did not take its last checkpoint, it has an older one."""
+    speed = read_metrics(folder).get("speed")
+    noted = speed.get("steps") if isinstance(speed, dict) else None
+    return max(resumed_at, noted) if isinstance(noted, int) else resumed_at
 
 
 def job_command(folder: Path, resume: str | None) -> list[str]:

@@ -477,6 +477,10 @@ def test_a_completed_run_whose_last_checkpoints_the_disk_did_not_take_is_complet
     code, _, err = program("resume=run")
     assert code == 2 and "'run' is complete: to go on, raise trainer.max_steps above 10" in err
     assert Path("run/metrics.json").read_bytes() == before
+    for odd in ("many", {"steps": "10"}, {"steps": None}):  # of a file that somebody has edited nothing is believed
+        Path("run/metrics.json").write_text(json.dumps(json.loads(before) | {"speed": odd}))
+        code, _, err = program("resume=run", "rank=4")
+        assert code == 2 and "was trained otherwise" in err, err
 
 
 def test_other_weights_of_a_mixture_are_other_data() -> None:
