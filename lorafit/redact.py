@@ -26,7 +26,7 @@ MASK = "***"
 SHORTEST = 8  # characters; a shorter value would be found in words that have nothing to do with it
 _NAMES = re.compile(r"(?:API_KEY|TOKEN|SECRET|PASSWORD)$|_SECRET_|PASSWORD", re.IGNORECASE)
 _SHAPES = re.compile(r"hf_(?:oauth_)?[A-Za-z0-9]{30,}|wandb_v1_[A-Za-z0-9_-]{8,}")
-_IN_URL = re.compile(r"(?<=://)[^\s/:@]*:[^\s/]+(?=@)")
+_IN_URL = re.compile(r"(?<=://)[^\s/:@'\"]*:[^\s/'\"]+(?=@)")
 _LARGEST = 65_536  # bytes of a file that holds a token
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.config import Config
 from lorafit.errors import InputError
+from lorafit.files import write_atomically
 from lorafit.redact import redact_values
 from lorafit.rescue import clear_run_drafts, only_told
 from lorafit.schema import training_settings
@@ -147,19 +149,33 @@ def require_same(config: Config, found: Found, now: Mapping[str, Any]) -> None:
 
 
 def take_over(folder: Path, found: Found, now: Mapping[str, Any]) -> None:
-    """Write the checkpoint that a run goes on from down as its own: into its folder, where it comes from another one,
-    and under its settings, where something has changed. Killed before its next one it goes on like that again, without
-    being allowed again what it was allowed."""
-    from lorafit.checkpoint import LAST, load_run, save_checkpoint
+    """Write the checkpoint that a run goes on from down as its own: into its folder, with the best one and the curves,
+    where it comes from another one, and under its settings, where something has changed. Killed before its next one it
+    goes on like that again, without being allowed again what it was allowed.
+
+    Not where it may turn out that it cannot be loaded under them: it stays what it is.
+    """
+    from lorafit.checkpoint import BEST, LAST, load_run, save_checkpoint
 
     home = folder / "checkpoints"
     here = found.path.parent.resolve() == home.resolve()
-    if here and _is_identity(found.run) and not changes(found.run, now):
+    changed = changes(found.run, now) if _is_identity(found.run) else {"optimizer._target_": "nobody knows"}
+    unsure = any(name.partition(".")[0] in _SHAPE or name == "optimizer._target_" for name in changed)
+    if unsure or (here and not changed):
         return
     place = found.path if here else home / LAST
     with only_told(place, "until its next checkpoint the run cannot be gone on with as it is now"):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
+        if not here:
+            _copy(found.path.with_name(BEST), home / BEST)
+            _copy(found.path.parent.parent / "history.jsonl", folder / "history.jsonl")
         save_checkpoint(place, load_run(found.path) | {"run": dict(now)})
+
+
+def _copy(path: Path, place: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as source:
+            write_atomically(place, lambda target: shutil.copyfileobj(source, target))
 
 
 def _is_identity(then: object) -> bool:

@@ -188,7 +188,7 @@ class Run:
         self.checkpoints.identity = identity(config, self.data, self.model, self.devices)
         if self.found is not None:
             require_same(config, self.found, self.checkpoints.identity)
-        require_steps(config, self.steps, self.resumed_at)
+        require_steps(config, self.steps, self.resumed_at, self.goes_on_here)
         self.stop = self.job.steps(self.steps) if self.job else None
         if self.stop and self.resumed_at > self.stop:
             raise Beyond
@@ -530,12 +530,14 @@ class Run:
         )
 
 
-def require_steps(config: Config, steps: int, resumed_at: int) -> None:
-    """Raise InputError when the warm-up takes all steps, or when the run to be resumed has taken them all."""
+def require_steps(config: Config, steps: int, resumed_at: int, here: bool) -> None:
+    """Raise InputError when the warm-up takes all steps, or when the run to be resumed has taken them all. here:
+    whether it goes on in its own folder, where its result would be replaced."""
     warmup = config.scheduler.warmup
     if isinstance(warmup, int) and 0 < steps <= warmup:
         raise InputError(f"scheduler.warmup must be shorter than the run: {warmup} steps of warm-up, {steps} in all")
-    if config.resume and is_completed(Path(config.resume)) and _taken(Path(config.resume), resumed_at) >= steps:
+    run = Path(config.resume or "")
+    if config.resume and is_completed(run) and (_taken(run, resumed_at) if here else resumed_at) >= steps:
         raise InputError(
             f"resume: {config.resume!r} is complete: to go on, raise "
             f"trainer.max_steps above {steps}, with 'allow_changed=[trainer.max_steps]'"

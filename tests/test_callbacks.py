@@ -334,6 +334,17 @@ def test_a_best_checkpoint_from_beyond_the_place_where_a_run_goes_on_is_none(tmp
     assert second.best_loss == 2.0 and load_checkpoint(second.best)["global_step"] == 2
 
 
+@pytest.mark.parametrize("same_folder", [True, False])
+def test_what_was_best_at_the_end_of_a_run_stays_so_however_often_it_goes_on(tmp_path: Path, same_folder: bool) -> None:
+    """It was measured after the last checkpoint was written, which says so all the same."""
+    parts = [Checkpoints(tmp_path / ("a" if same_folder else name), every_n_steps=1) for name in "abc"]
+    fit(module(), tmp_path, scripted([2.0]), parts[0], max_steps=3, val_check_interval=2)
+    parts[0].keep_best(1.0)
+    fit(module(), tmp_path, scripted([3.0]), parts[1], max_steps=5, val_check_interval=2, resume=parts[0].last)
+    fit(module(), tmp_path, scripted([4.0]), parts[2], max_steps=7, val_check_interval=2, resume=parts[1].last)
+    assert parts[2].best_loss == 1.0 and load_checkpoint(parts[2].best)["global_step"] == 3
+
+
 def test_the_best_by_other_held_out_rows_is_not_compared_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = Checkpoints(tmp_path), Checkpoints(tmp_path)
     second.held_out = "other rows"

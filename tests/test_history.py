@@ -144,11 +144,6 @@ def test_a_history_begins_with_the_points_that_it_is_given_when_it_has_one_of_it
     assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
 
 
-def test_a_history_in_another_folder_has_the_points_before_from_the_beginning(tmp_path: Path) -> None:
-    History(tmp_path, ROWS[:2])
-    assert read(tmp_path) == ROWS[:2]
-
-
 def test_a_history_without_points_of_its_own_begins_anew(tmp_path: Path) -> None:
     write(tmp_path, *map(json.dumps, ROWS))
     History(tmp_path).log_metrics({"train/loss": 9.0}, step=1)

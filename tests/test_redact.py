@@ -77,7 +77,8 @@ def test_texts_shaped_like_keys_and_passwords_in_urls_are_masked(text: str) -> N
 @pytest.mark.parametrize("given", ["me:word", ":word", "me:w@rd", "me:w:rd"])
 def test_passwords_in_addresses_are_masked(given: str) -> None:
     assert redact(f"see https://{given}@host:80/x?a=b@c now") == f"see https://{MASK}@host:80/x?a=b@c now"
-    assert redact("http://localhost:8080/a@b") == "http://localhost:8080/a@b"
+    for innocent in ("http://localhost:8080/a@b", '{"u":"http://h:80","e":"a@b.c"}'):
+        assert redact(innocent) == innocent
 
 
 @pytest.mark.parametrize(

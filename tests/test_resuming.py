@@ -444,6 +444,18 @@ def test_what_was_allowed_to_change_holds_also_where_no_checkpoint_was_written_s
     assert curve("run", "train/learning_rate")[10] == pytest.approx(curve("whole", "train/learning_rate")[10] / 5)
 
 
+@pytest.mark.parametrize("change", [["rank=4"], ["optimizer=adamw_8bit"]])
+def test_a_checkpoint_that_cannot_be_loaded_under_other_settings_stays_what_it_is(change: list[str]) -> None:
+    before = Path("run/checkpoints/last.ckpt").read_bytes()
+    for where in ([], ["hydra.run.dir=other"]):
+        code, _, err = program("resume=run", *change, *where, "allow_changed=[all]")
+        assert code == 2 and ("cannot be gone on from" in err or "does not fit the model" in err), err
+        assert not Path("other/checkpoints/last.ckpt").exists()
+    assert Path("run/checkpoints/last.ckpt").read_bytes() == before
+    assert program("resume=run", *("rank=2", "optimizer=adamw", "optimizer.lr=5e-3"))[0] == 0
+    assert adapter("run") == adapter("whole")
+
+
 def test_a_run_that_goes_on_in_another_folder_has_its_checkpoint_there_from_the_beginning() -> None:
     code, _, err = failed(torch.OutOfMemoryError("CUDA out of memory."), "resume=run", "hydra.run.dir=other")
     assert code == 4 and step_of("other") == STOPPED_AT, err

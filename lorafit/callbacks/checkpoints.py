@@ -23,7 +23,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lorafit.checkpoint import BEST, LAST, PREVIOUS, Unfit, load_run, require_like
+from lorafit.checkpoint import BEST, LAST, PREVIOUS, Unfit, load_run, require_like, save_checkpoint
 from lorafit.datamodule import FinetuneDataModule
 from lorafit.errors import InputError, reason
 from lorafit.evaluation import evaluate_loss
@@ -124,7 +124,13 @@ class Checkpoints(L.Callback):
         """Keep the checkpoint written last as the best one if its held-out loss is the lowest."""
         behind = self.failed is not None or (self.finite is not None and self.finite.skipped_in_a_row > 0)
         if loss < self.best_loss and not behind and os.path.exists(self.last):
-            self.best_loss, self.best_step = loss, self._last_step
+            try:
+                state = load_run(self.last)
+                self.best_loss, self.best_step = loss, state["global_step"]
+                state["callbacks"][self.state_key] = self.state_dict()  # what resumes has to know it
+                save_checkpoint(self.last, state)
+            except OSError as error:
+                log.warning(f"{self.last} cannot be written ({error.strerror}): it does not know that it is the best")
             self._copy_to_best(self.last)
 
     def keep_good(self, bad_from: int) -> tuple[Path, int] | None:
@@ -176,8 +182,7 @@ class Checkpoints(L.Callback):
         """See to it that best.ckpt is what the checkpoint that a run goes on from takes for it. The run may have been
         killed before it was copied, have gone on from there to a better one that diverged, or go on in another folder.
         """
-        step = _step_of(self.best)
-        if step == self.best_step or (step is not None and step == _step_of(came)):  # kept at the end of a run
+        if _step_of(self.best) == self.best_step:
             return
         for path in (came, came.with_name(self.best.name)):
             if _step_of(path) == self.best_step:

@@ -75,13 +75,6 @@ class History(Logger):
         self._whole = 0  # bytes of the file that are whole lines
         self._lost = 0
         self._failing = False
-        self._bring()
-
-    @rank_zero_only
-    def _bring(self) -> None:
-        """Have the rows of a run that goes on in another folder there, before it has something to say of its own."""
-        if self._rows and not self.path.exists():
-            self._write()
 
     @property
     def name(self) -> str:

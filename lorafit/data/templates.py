@@ -196,7 +196,7 @@ class ChatTemplate:
             before = f"{where}: " if where else ""
             raise InputError(f"{before}the chat template refuses this conversation ({reason(error)}).{hint}") from error
         except (RecursionError, MemoryError) as error:
-            raise Unusable(
+            raise InputError(
                 f"the chat template of the tokenizer never comes to its end ({type(error).__name__}): correct it, or "
                 "take data.template=plain"
             ) from None
