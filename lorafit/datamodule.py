@@ -314,8 +314,7 @@ class FinetuneDataModule(L.LightningDataModule):
         """A SHA-256 over the training sequences, tokens and labels, in file order; None where they are streamed."""
         if self._content is None and not self.streaming:
             digest = hashlib.sha256()
-            for array in (self.train_sequences.ids, self.train_sequences.trained, self.train_sequences.offsets):
-                digest.update(np.ascontiguousarray(array).data)
+            _add(digest, self.train_sequences)
             self._content = digest.hexdigest()
         return self._content
 
@@ -330,8 +329,7 @@ class FinetuneDataModule(L.LightningDataModule):
             return hashlib.sha256(f"{whole} {weights} {self._row_sizes}".encode()).hexdigest()
         digest = hashlib.sha256(repr(weights).encode())
         for sequences in (self.train_sequences, self.eval_sequences):
-            for array in (sequences.ids, sequences.trained, sequences.offsets):
-                digest.update(np.ascontiguousarray(array).data)
+            _add(digest, sequences)
         for source in self.sources:
             path = Path(source.path)
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -341,8 +339,7 @@ class FinetuneDataModule(L.LightningDataModule):
     def eval_hash(self) -> str:
         """SHA-256 over the held-out rows."""
         digest = hashlib.sha256()
-        for array in (self.eval_sequences.ids, self.eval_sequences.trained, self.eval_sequences.offsets):
-            digest.update(np.ascontiguousarray(array).data)
+        _add(digest, self.eval_sequences)
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -443,3 +440,9 @@ class FinetuneDataModule(L.LightningDataModule):
             replicas=replicas,
             whole=True,
         )
+
+
+def _add(digest: Any, sequences: Any) -> None:
+    """Sequences to a digest, as they are stored."""
+    for array in (sequences.ids, sequences.trained, sequences.offsets):
+        digest.update(np.ascontiguousarray(array).data)

@@ -135,6 +135,12 @@ def require_own_files(folder: str | Path, depth: int = 1) -> None:
                 below.append((path, levels - 1))
 
 
+def copy_atomically(path: Path, place: Path) -> None:
+    """Copy a file by `write_atomically`. Raises OSError."""
+    with path.open("rb") as source:
+        write_atomically(place, lambda target: shutil.copyfileobj(source, target))
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, atomically, secrets as ***. NaN and infinity, which JSON lacks, become null."""
     text = json.dumps(redact_values(_json_numbers(value)), indent=2) + "\n"

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.config import Config
 from lorafit.errors import InputError
-from lorafit.files import write_atomically
+from lorafit.files import copy_atomically
 from lorafit.redact import redact_values
 from lorafit.rescue import clear_run_drafts, only_told
 from lorafit.schema import training_settings
@@ -159,7 +158,9 @@ def take_over(folder: Path, found: Found, now: Mapping[str, Any]) -> None:
 
     home = folder / "checkpoints"
     here = found.path.parent.resolve() == home.resolve()
-    changed = changes(found.run, now) if _is_identity(found.run) else {"optimizer._target_": "nobody knows"}
+    if not _is_identity(found.run):
+        return
+    changed = changes(found.run, now)
     unsure = any(name.partition(".")[0] in _SHAPE or name == "optimizer._target_" for name in changed)
     if unsure or (here and not changed):
         return
@@ -167,15 +168,11 @@ def take_over(folder: Path, found: Found, now: Mapping[str, Any]) -> None:
     with only_told(place, "until its next checkpoint the run cannot be gone on with as it is now"):
         home.mkdir(parents=True, exist_ok=True)
         if not here:
-            _copy(found.path.with_name(BEST), home / BEST)
-            _copy(found.path.parent.parent / "history.jsonl", folder / "history.jsonl")
+            best, curves = found.path.with_name(BEST), found.path.parent.parent / "history.jsonl"
+            for path, copy in ((best, home / BEST), (curves, folder / curves.name)):
+                if path.is_file():
+                    copy_atomically(path, copy)
         save_checkpoint(place, load_run(found.path) | {"run": dict(now)})
-
-
-def _copy(path: Path, place: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as source:
-            write_atomically(place, lambda target: shutil.copyfileobj(source, target))
 
 
 def _is_identity(then: object) -> bool:

@@ -103,7 +103,7 @@ def test_a_best_checkpoint_that_cannot_be_copied_is_told(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lorafit.callbacks.checkpoints.shutil.copyfileobj", full)
+    monkeypatch.setattr("lorafit.files.shutil.copyfileobj", full)
     checkpoints = Checkpoints(tmp_path)
     with caplog.at_level(logging.WARNING, "lorafit"):
         fit(module(), tmp_path, checkpoints, max_steps=2, val_check_interval=1)
@@ -137,7 +137,7 @@ def test_after_divergence_a_full_disk_hides_no_good_checkpoint(tmp_path: Path, m
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lorafit.callbacks.checkpoints.write_atomically", full)
+    monkeypatch.setattr("lorafit.files.write_atomically", full)
     checkpoints = Checkpoints(tmp_path)
     torch.save({"global_step": 4} | rest, checkpoints.last)
     torch.save({"global_step": 3} | rest, checkpoints.best)

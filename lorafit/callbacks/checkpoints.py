@@ -14,7 +14,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +26,7 @@ from lorafit.checkpoint import BEST, LAST, PREVIOUS, Unfit, load_run, require_li
 from lorafit.datamodule import FinetuneDataModule
 from lorafit.errors import InputError, reason
 from lorafit.evaluation import evaluate_loss
-from lorafit.files import write_atomically
+from lorafit.files import copy_atomically
 from lorafit.module import FinetuneModule
 from lorafit.trainer import AtomicCheckpointIO, log_to_all
 
@@ -157,38 +156,35 @@ class Checkpoints(L.Callback):
             if path == self.previous:
                 os.replace(path, self.last)  # which a full disk takes as well
             elif path == self.best:
-                self._copy(path, self.last)
+                copy_atomically(path, self.last)
             return self.last, step
         return path, step  # of which a resumed run finds it, too
-
-    @staticmethod
-    def _copy(checkpoint: Path, place: Path) -> None:
-        with checkpoint.open("rb") as source:
-            write_atomically(place, lambda target: shutil.copyfileobj(source, target))
 
     @rank_zero_only
     def _copy_to_best(self, checkpoint: Path) -> None:
         try:
-            self._copy(checkpoint, self.best)
+            copy_atomically(checkpoint, self.best)
         except OSError as error:
             log.warning(f"{self.best} cannot be written ({error.strerror}): the best checkpoint is not kept")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.best_loss < math.inf:
-            self._find_best(Path(str(trainer.ckpt_path)))
+            self._find_best(Path(str(trainer.ckpt_path)), trainer.global_step)
         self.make_up(trainer, pl_module)
 
-    def _find_best(self, came: Path) -> None:
+    def _find_best(self, came: Path, step: int) -> None:
         """See to it that best.ckpt is what the checkpoint that a run goes on from takes for it. The run may have been
         killed before it was copied, have gone on from there to a better one that diverged, or go on in another folder.
         """
         if _step_of(self.best) == self.best_step:
             return
-        for path in (came, came.with_name(self.best.name)):
-            if _step_of(path) == self.best_step:
-                self._copy_to_best(path)
-                return
-        self.best_loss, self.best_step = math.inf, -1
+        before = came.with_name(self.best.name)
+        if step == self.best_step:
+            self._copy_to_best(came)
+        elif _step_of(before) == self.best_step:
+            self._copy_to_best(before)
+        else:
+            self.best_loss, self.best_step = math.inf, -1
 
     def make_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate where a resumed run was stopped before it could. A run that has taken all of its steps does not
